@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""payload bytes into gradient slots."""

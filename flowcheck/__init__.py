@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: MIT
+"""FlowCheck: checkpoints a distributed training run after every iteration, from mirrored packets.
+
+This package holds what the stages share: the job plan, the file formats that join the stages, the layouts of
+collectives on the wire, the errors, and the `flowcheck` command. Importing it needs neither DPDK nor torch.
+"""
+
+from flowcheck._version import __version__
+from flowcheck.errors import FlowCheckError
+
+__all__ = ["FlowCheckError", "__version__"]

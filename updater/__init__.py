@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""optimizer steps, gradient log, snapshots, restore."""

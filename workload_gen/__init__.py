@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""the GPT launch example and the recorded network."""
