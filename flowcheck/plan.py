@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: MIT
+"""The job plan: everything that the shadow must know about a job, one JSON document, validated when it is loaded.
+
+docs/plan.md describes every field. This module knows the document and what follows from it by arithmetic (sizes,
+offsets, identity); what the plan means on the wire is `flowcheck.layout`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flowcheck.errors import ConfigError
+from flowcheck.formats import IDENTITY
+
+__all__ = [
+    "DTYPE_BYTES",
+    "Arithmetic",
+    "Bucket",
+    "Collective",
+    "Connection",
+    "InitialState",
+    "Layout",
+    "Optimizer",
+    "Plan",
+    "Revision",
+    "Shard",
+    "StateEntry",
+    "Stream",
+    "load",
+    "parse",
+]
+
+#: Bytes of one element on the wire.
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+}
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8"]
+
+#: Each bucket begins on such a boundary in a slot, so that its bytes are aligned however long its neighbours are.
+BUCKET_ALIGNMENT = 64
+
+Positive = Annotated[int, Field(gt=0, lt=2**40)]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+QueuePair = Annotated[int, Field(ge=2, lt=2**24)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Job(_Model):
+    """Whose job it is: repeated in every file made from the plan."""
+
+    run_id: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9._:-]+$")]
+    attempt: Annotated[int, Field(ge=1, lt=2**32)] = 1
+    world_size: Annotated[int, Field(ge=2, lt=2**20)]
+    model_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class Collective(_Model):
+    """One collective of the communicator that is not a gradient bucket."""
+
+    op: Literal["all_gather", "broadcast", "all_reduce"]
+    dtype: DtypeName
+    elements: Positive  # per rank for all_gather
+    root: Count = 0  # rank, for broadcast
+    carries: Literal["initial_state"] | None = None
+
+    @model_validator(mode="after")
+    def _only_a_broadcast_carries(self) -> Collective:
+        if self.carries and self.op != "broadcast":
+            raise ValueError(f"an {self.op} cannot carry the initial state: a broadcast does")
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one rank's data."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+class BucketParameter(_Model):
+    """Where in its bucket a parameter's gradient lies; `offset` counts elements."""
+
+    name: Annotated[str, Field(min_length=1)]
+    shape: tuple[Count, ...]
+    offset: Count
+
+    @property
+    def elements(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+
+class Bucket(_Model):
+    """A flat tensor that DDP reduces in one all-reduce."""
+
+    dtype: DtypeName
+    elements: Positive
+    parameters: tuple[BucketParameter, ...] = ()
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> Bucket:
+        end = 0
+        for parameter in sorted(self.parameters, key=lambda p: p.offset):
+            if parameter.offset < end:
+                raise ValueError(f"parameter {parameter.name!r} begins at element {parameter.offset}, inside the one before it, which ends at {end}")
+            end = parameter.offset + parameter.elements
+        if end > self.elements:
+            raise ValueError(f"parameters end at element {end}, the bucket has {self.elements}")
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the wire."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+class Revision(_Model):
+    """The tensors reduced in each iteration from `from_iteration` on.
+
+    `before` are collectives that run once, before that iteration's first bucket.
+    """
+
+    from_iteration: Annotated[int, Field(ge=1, lt=2**32)]
+    before: tuple[Collective, ...] = ()
+    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)]
+
+    @cached_property
+    def bucket_offsets(self) -> list[int]:
+        """Byte offset of each bucket in a slot."""
+        offsets, end = [], 0
+        for bucket in self.buckets:
+            offsets.append(end)
+            end = -(-(end + bucket.bytes) // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+        return offsets
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one iteration's gradient, flat, without padding."""
+        return sum(bucket.bytes for bucket in self.buckets)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one iteration's gradient in a slot, with the padding between buckets."""
+        return self.bucket_offsets[-1] + self.buckets[-1].bytes
+
+    @property
+    def slot_ranges(self) -> list[tuple[int, int]]:
+        """Byte ranges of a slot that hold gradient (the rest is padding)."""
+        return [(o, o + b.bytes) for o, b in zip(self.bucket_offsets, self.buckets, strict=True)]
+
+    def flat_ranges(self, slot_ranges: list[tuple[int, int]]) -> list[list[int]]:
+        """Return ranges of slot bytes as ranges of the flat gradient: sorted, merged, padding left out."""
+        out: list[list[int]] = []
+        flat = 0
+        for begin, end in self.slot_ranges:
+            for low, high in sorted(slot_ranges):
+                low, high = max(low, begin), min(high, end)
+                if low >= high:
+                    continue
+                piece = [flat + low - begin, flat + high - begin]
+                if out and out[-1][1] >= piece[0]:
+                    out[-1][1] = max(out[-1][1], piece[1])
+                else:
+                    out.append(piece)
+            flat += end - begin
+        return out
+
+
+class Layout(_Model):
+    """How the library lays the collectives of this shard on the wire."""
+
+    source: Literal["modelled"]
+    library: Literal["nccl"]
+    version: Annotated[str, Field(pattern=r"^2\.\d{1,2}(\.\d+)?$")]
+    protocol: Literal["ll"]
+    ring: Annotated[tuple[Count, ...], Field(min_length=2)]
+    channels: Annotated[int, Field(ge=1, le=32)] = 1
+    threads: Annotated[int, Field(ge=96, le=640)] | None = None
+    pin_channels: bool = False
+    queue_pairs: Literal[1] = 1
+    mtu: Literal[256, 512, 1024, 2048, 4096]
+    adaptive_routing: bool = False
+
+    @property
+    def minor(self) -> int:
+        """The y of version 2.y."""
+        return int(self.version.split(".")[1])
+
+    @model_validator(mode="after")
+    def _known(self) -> Layout:
+        if not 12 <= self.minor <= 19:
+            raise ValueError(f"version {self.version!r}: layouts of 2.12 to 2.19 are modelled")
+        if sorted(self.ring) != list(range(len(self.ring))):
+            raise ValueError(f"ring {list(self.ring)} is not an order of the ranks 0 to {len(self.ring) - 1}")
+        return self
+
+
+class QueuePairProof(_Model):
+    """The edge and channel of a connection are known from its queue pair numbers, as the job's own log gave them.
+
+    `data` are destination numbers of the data packets, one per queue pair in creation order; `credit` those of the
+    credits and acknowledgements that come back.
+    """
+
+    kind: Literal["queue_pair"]
+    data: Annotated[tuple[QueuePair, ...], Field(min_length=1)]
+    credit: tuple[QueuePair, ...] = ()
+
+
+def _address(text: str) -> bytes:
+    """Return an IP address as 16 bytes, IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
+    address = ipaddress.ip_address(text)
+    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+
+
+class Connection(_Model):
+    """One direction of one channel between neighbours on the ring: edge r is from ring position r to r+1."""
+
+    edge: Count
+    channel: Count
+    source: str
+    destination: str
+    proof: QueuePairProof | None = None
+
+    @model_validator(mode="after")
+    def _proved(self) -> Connection:
+        if self.proof is None:
+            raise ValueError(
+                f"nothing proves that this connection is edge {self.edge}, channel {self.channel}: give its queue pair "
+                'numbers, "proof": {"kind": "queue_pair", "data": [..]}'
+            )
+        for text in (self.source, self.destination):
+            try:
+                _address(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is no IP address") from error
+        return self
+
+    @property
+    def source_bytes(self) -> bytes:
+        """The sender's address, 16 bytes."""
+        return _address(self.source)
+
+    @property
+    def destination_bytes(self) -> bytes:
+        """The receiver's address, 16 bytes."""
+        return _address(self.destination)
+
+
+class Stream(_Model):
+    """One mirrored port or capture file: which links it shows, and of which host."""
+
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9._-]+$")]
+    links: Annotated[tuple[Count, ...], Field(min_length=1)]
+    host: tuple[str, ...] = ()
+    direction: Literal["inbound", "outbound", "both"] = "both"
+
+    @model_validator(mode="after")
+    def _host_known(self) -> Stream:
+        if self.direction != "both" and not self.host:
+            raise ValueError(f"direction {self.direction!r} needs the addresses of the mirrored host in 'host'")
+        for text in self.host:
+            try:
+                _address(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is no IP address") from error
+        return self
+
+    @property
+    def host_bytes(self) -> list[bytes]:
+        """The mirrored host's addresses, 16 bytes each."""
+        return [_address(text) for text in self.host]
+
+
+class Shard(_Model):
+    """A part of the model that is reduced in a group of its own; a plain DDP job has one."""
+
+    name: Annotated[str, Field(min_length=1, max_length=63)]
+    startup: tuple[Collective, ...] = ()
+    revisions: Annotated[tuple[Revision, ...], Field(min_length=1)]
+    layout: Layout
+    connections: Annotated[tuple[Connection, ...], Field(min_length=1, max_length=64)]
+    streams: Annotated[tuple[Stream, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Shard:
+        firsts = [r.from_iteration for r in self.revisions]
+        if firsts[0] != 1 or firsts != sorted(set(firsts)):
+            raise ValueError(f"revisions begin at iterations {firsts}: expected 1 first, then each later than the one before")
+        ranks, layout = len(self.layout.ring), self.layout
+        seen: dict[object, int] = {}
+        for number, connection in enumerate(self.connections):
+            if connection.edge >= ranks:
+                raise ValueError(f"connections[{number}].edge is {connection.edge}: a ring of {ranks} ranks has edges 0 to {ranks - 1}")
+            if connection.channel >= layout.channels:
+                raise ValueError(f"connections[{number}].channel is {connection.channel}: the layout has {layout.channels} channel(s), from 0")
+            if len(connection.proof.data) != layout.queue_pairs:
+                raise ValueError(f"connections[{number}].proof.data has {len(connection.proof.data)} numbers: the layout has {layout.queue_pairs} queue pair(s)")
+            keys = [(connection.edge, connection.channel)]
+            keys += [(connection.source, connection.destination, qp) for qp in connection.proof.data]
+            keys += [(connection.destination, connection.source, qp) for qp in connection.proof.credit]
+            for key in keys:
+                if key in seen:
+                    raise ValueError(f"connections[{number}] and connections[{seen[key]}] both claim {key}")
+                seen[key] = number
+        edges = {connection.edge for connection in self.connections}
+        names = [stream.name for stream in self.streams]
+        if len(set(names)) != len(names):
+            raise ValueError(f"streams are named {names}: names must differ")
+        for stream in self.streams:
+            for link in stream.links:
+                if link not in edges:
+                    raise ValueError(f"stream {stream.name!r} shows link {link}, of which no connection is listed (edges listed: {sorted(edges)})")
+        return self
+
+    def revision(self, iteration: int) -> Revision:
+        """Return the revision in force in an iteration (from 1)."""
+        return next(r for r in reversed(self.revisions) if r.from_iteration <= iteration)
+
+    def stream(self, name: str) -> Stream:
+        """Return a stream by its name; ConfigError if the plan has none of that name."""
+        for stream in self.streams:
+            if stream.name == name:
+                return stream
+        raise ConfigError(f"stream {name!r} is not in the plan, which has: {', '.join(s.name for s in self.streams)}")
+
+    def stream_connections(self, name: str) -> list[int]:
+        """Return the indices of the connections whose packets a stream shows."""
+        stream = self.stream(name)
+        hosts, out = set(stream.host_bytes), []
+        for index, connection in enumerate(self.connections):
+            inbound = connection.destination_bytes in hosts
+            seen = stream.direction == "both" or inbound == (stream.direction == "inbound")
+            if connection.edge in stream.links and seen:
+                out.append(index)
+        return out
+
+
+class StateEntry(_Model):
+    """One key of the model's state_dict; keys that name the same parameter are tied."""
+
+    key: Annotated[str, Field(min_length=1)]
+    kind: Literal["parameter", "constant"]
+    dtype: DtypeName
+    shape: tuple[Count, ...]
+    parameter: str | None = None
+
+    @model_validator(mode="after")
+    def _parameter_named(self) -> StateEntry:
+        if (self.kind == "parameter") != (self.parameter is not None):
+            raise ValueError("'parameter' names the parameter of an entry of kind 'parameter', and of no other")
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class InitialState(_Model):
+    """Where state 0 comes from.
+
+    `broadcast`: the job's own, at start-up; `tensors` are the state keys in the order of the broadcasts marked
+    `carries`. `file`: a torch file with "model" (and "optimizer"), `path` taken from the plan's folder.
+    """
+
+    source: Literal["broadcast", "file"]
+    tensors: tuple[str, ...] = ()
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> InitialState:
+        if (self.source == "broadcast") != bool(self.tensors) or (self.source == "file") != (self.path is not None):
+            raise ValueError("source 'broadcast' needs 'tensors' alone, source 'file' needs 'path' alone")
+        return self
+
+
+class ParamGroup(_Model):
+    """One param group: its parameters in order, and its options by torch.optim's own names."""
+
+    parameters: Annotated[tuple[str, ...], Field(min_length=1)]
+    options: dict[str, bool | int | float | None | tuple[float, ...]]
+
+
+class Optimizer(_Model):
+    """The trainer's optimizer: a class of torch.optim, its form, its param groups."""
+
+    class_name: Annotated[Literal["SGD", "AdamW"], Field(alias="class")]
+    form: Literal["default", "foreach", "fused"] = "default"
+    groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
+
+
+class Arithmetic(_Model):
+    """The named arithmetic that the trainer's optimizer step ran in."""
+
+    torch: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    device: Literal["cpu", "cuda"]
+    capability: str
+
+
+class Plan(_Model):
+    """A whole job plan; made by `load` or `parse`, never changed."""
+
+    format: Literal["flowcheck-plan"]
+    version: Literal[1]
+    job: Job
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=1)]
+    state: tuple[StateEntry, ...] = ()
+    initial_state: InitialState | None = None
+    optimizer: Optimizer | None = None
+    arithmetic: Arithmetic | None = None
+    slots: Annotated[int, Field(ge=3, le=64)] = 4
+    silence_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 5000
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Plan:
+        for name, shard in enumerate(self.shards):
+            if len(shard.layout.ring) != self.job.world_size:
+                raise ValueError(f"shards[{name}].layout.ring has {len(shard.layout.ring)} ranks, job.world_size is {self.job.world_size}")
+        parts = {"state": bool(self.state), "initial_state": self.initial_state, "optimizer": self.optimizer, "arithmetic": self.arithmetic}
+        absent = [name for name, part in parts.items() if not part]
+        if absent and len(absent) != len(parts):
+            raise ValueError(f"{', '.join(absent)} missing: a plan with a model has all of {', '.join(parts)}, one without has none")
+        if self.state:
+            self._check_model()
+        return self
+
+    def _check_model(self) -> None:
+        parameters: dict[str, StateEntry] = {}
+        keys = [entry.key for entry in self.state]
+        if len(set(keys)) != len(keys):
+            raise ValueError("state: two entries have the same key")
+        for entry in self.state:
+            if entry.kind == "parameter":
+                first = parameters.setdefault(entry.parameter, entry)
+                if (first.shape, first.dtype) != (entry.shape, entry.dtype):
+                    raise ValueError(f"state: {entry.key!r} and {first.key!r} are tied but differ in shape or dtype")
+        for shard in self.shards:
+            for number, revision in enumerate(shard.revisions):
+                reduced: set[str] = set()
+                for bucket in revision.buckets:
+                    for parameter in bucket.parameters:
+                        entry = parameters.get(parameter.name)
+                        where = f"shards: revisions[{number}]: parameter {parameter.name!r}"
+                        if entry is None:
+                            raise ValueError(f"{where} is in a bucket but not in state")
+                        if entry.shape != parameter.shape:
+                            raise ValueError(f"{where} has shape {list(parameter.shape)} in its bucket, {list(entry.shape)} in state")
+                        if parameter.name in reduced:
+                            raise ValueError(f"{where} is in two places")
+                        reduced.add(parameter.name)
+        stepped: set[str] = set()
+        for group in self.optimizer.groups:
+            for name in group.parameters:
+                if name not in parameters or name in stepped:
+                    raise ValueError(f"optimizer: parameter {name!r} is {'in two groups' if name in stepped else 'not in state'}")
+                stepped.add(name)
+        if self.initial_state.source == "broadcast":
+            unknown = [key for key in self.initial_state.tensors if key not in keys]
+            if unknown:
+                raise ValueError(f"initial_state.tensors: {unknown[0]!r} is not a key of state")
+            carried = sum(op.bytes for shard in self.shards for op in shard.startup if op.carries)
+            if carried != self.initial_bytes:
+                raise ValueError(f"initial_state.tensors have {self.initial_bytes} bytes, the broadcasts that carry them {carried}")
+            covered = {entry.parameter or entry.key for entry in self.state if entry.key in self.initial_state.tensors}
+            absent = [e.key for e in self.state if (e.parameter or e.key) not in covered]
+            if absent:
+                raise ValueError(f"initial_state.tensors: nothing gives {absent[0]!r} its first value")
+        elif any(op.carries for shard in self.shards for op in shard.startup):
+            raise ValueError("a start-up broadcast carries the initial state, but initial_state.source is 'file'")
+
+    @property
+    def shard(self) -> Shard:
+        """The shard of a job that has one, as every job of this version does."""
+        return self.shards[0]
+
+    @property
+    def has_model(self) -> bool:
+        """Whether iterations are applied to a model, or end as `whole`."""
+        return bool(self.state)
+
+    def revision(self, iteration: int) -> Revision:
+        """Return the revision in force in an iteration (from 1)."""
+        return self.shard.revision(iteration)
+
+    @cached_property
+    def initial_bytes(self) -> int:
+        """Bytes of the initial state that the job broadcasts; 0 if it comes from a file or there is no model."""
+        if self.initial_state is None or self.initial_state.source != "broadcast":
+            return 0
+        entries = {entry.key: entry for entry in self.state}
+        return sum(entries[key].bytes for key in self.initial_state.tensors)
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Room that a gradient slot needs: that of the largest revision."""
+        return max(revision.slot_bytes for revision in self.shard.revisions)
+
+    @property
+    def first_iteration(self) -> int:
+        """The first iteration that slots carry: 0 where the initial state comes from the wire, else 1."""
+        return 0 if self.initial_bytes else 1
+
+    def flat_ranges(self, iteration: int, slot_ranges: list[tuple[int, int]]) -> list[list[int]]:
+        """Return ranges of slot bytes of an iteration as ranges of its flat gradient."""
+        if iteration == 0:
+            return [list(r) for r in slot_ranges]
+        return self.revision(iteration).flat_ranges(slot_ranges)
+
+    def canonical(self) -> bytes:
+        """Return the plan as JSON, keys sorted: equal plans give equal bytes."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":")).encode()
+
+    def identity(self) -> bytes:
+        """Return the 128 bytes of `fc_identity` that every file made from this plan repeats."""
+        record = np.zeros((), IDENTITY)
+        record["run_id"] = self.job.run_id.encode()
+        if self.job.model_fingerprint:
+            record["fingerprint"] = np.frombuffer(bytes.fromhex(self.job.model_fingerprint), np.uint8)
+        record["plan_digest"] = np.frombuffer(hashlib.sha256(self.canonical()).digest()[:16], np.uint8)
+        record["attempt"] = self.job.attempt
+        record["world_size"] = self.job.world_size
+        return record.tobytes()
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text or "the document"
+
+
+def parse(text: str | bytes, origin: str = "plan") -> Plan:
+    """Return the plan in a JSON text; ConfigError names the field, the value found and what was expected."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != "flowcheck-plan":
+        raise ConfigError(f"{origin}: not a FlowCheck plan: field 'format' must be 'flowcheck-plan'")
+    if document.get("version") != 1:
+        raise ConfigError(f"{origin}: field 'version' is {document.get('version')!r}; this release reads version 1")
+    try:
+        return Plan.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        shown = repr(first["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        reason = first["msg"].removeprefix("Value error, ")
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ConfigError(f"{origin}: field {_field(first['loc'])}: found {shown}: {reason}{more}") from error
+
+
+def load(path: str | Path) -> Plan:
+    """Return the plan in a file; ConfigError if it cannot be read or used."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the plan: {error.strerror}") from error
+    return parse(text, str(path))
