@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""The packet ring: the file that joins dump, parser and extractor of one stream.
+
+This is the Python side: creating, opening and reading cursors. Each stage's loop works on the same bytes through
+`flowcheck/_formats.pxd`. docs/ring-format.md draws the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from flowcheck import _atomics
+from flowcheck.errors import ConfigError, RingFormatError
+from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, RECORD, RING_HEADER, RING_MAGIC, VERSION
+
+__all__ = ["PacketRing"]
+
+PAGE = 4096
+PARSE_STATE_BYTES = 65536
+
+
+def _state_blocks() -> tuple[dict[str, tuple[int, int]], int]:
+    """Return per stage (offset, bytes of one copy) of its state block, and where record 0 begins."""
+    blocks, offset = {}, PAGE
+    for stage, state in (("dump", DUMP_STATE.itemsize), ("parse", PARSE_STATE_BYTES), ("extract", EXTRACT_STATE.itemsize)):
+        copy = -(-(8 + state) // 64) * 64
+        blocks[stage] = (offset, copy)
+        offset += 2 * copy
+    return blocks, -(-offset // PAGE) * PAGE
+
+
+class PacketRing:
+    """A mapped packet ring; `create` or `open`, then `close` (or use it in a `with`).
+
+    Attributes:
+        path: the file.
+        memory: the whole file, mapped for reading and writing.
+        record_bytes: bytes of a record, header and room for the frame.
+        records: how many there are, a power of two.
+        header_bytes: offset of record 0.
+        stream: name of the stream.
+        identity: the job's identity, 128 bytes.
+    """
+
+    def __init__(self, path: Path, memory: mmap.mmap) -> None:
+        header = np.frombuffer(memory, RING_HEADER, 1)[0]
+        self.path, self.memory = path, memory
+        self.record_bytes, self.records = int(header["record_bytes"]), int(header["records"])
+        self.header_bytes, self.stream = int(header["header_bytes"]), header["stream"].decode()
+        self.identity = header["identity"].tobytes()
+
+    @classmethod
+    def create(cls, path: str | Path, *, frame_bytes: int, records: int, identity: bytes, stream: str) -> PacketRing:
+        """Make a ring whose records hold frames of up to `frame_bytes`; `path` must not exist.
+
+        The file appears under its name only when it is whole. Mode 0600. ConfigError on sizes that cannot be.
+        """
+        path = Path(path)
+        if records < 2 or records & (records - 1):
+            raise ConfigError(f"{path}: a ring of {records} records: expected a power of two, at least 2")
+        if len(identity) != RING_HEADER["identity"].itemsize:
+            raise ConfigError(f"{path}: identity of {len(identity)} bytes, expected {RING_HEADER['identity'].itemsize}")
+        blocks, header_bytes = _state_blocks()
+        header = np.zeros((), RING_HEADER)
+        header["magic"], header["version"] = np.void(RING_MAGIC), VERSION
+        header["header_bytes"], header["records"] = header_bytes, records
+        header["record_bytes"] = -(-(RECORD.itemsize + frame_bytes) // 64) * 64
+        header["created_ns"] = time.time_ns()
+        header["identity"] = np.frombuffer(identity, RING_HEADER["identity"])[0]
+        header["stream"] = stream.encode()
+        for stage, (offset, copy) in blocks.items():
+            header[f"{stage}_state_offset"], header[f"{stage}_state_bytes"] = offset, copy
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, header_bytes + records * int(header["record_bytes"]))
+            os.pwrite(descriptor, header.tobytes(), 0)
+            os.link(temporary, path)
+        finally:
+            os.close(descriptor)
+            os.unlink(temporary)
+        return cls.open(path, identity)
+
+    @classmethod
+    def open(cls, path: str | Path, identity: bytes | None = None) -> PacketRing:
+        """Map an existing ring; RingFormatError if it is none, ConfigError if it is another job's."""
+        path = Path(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < PAGE:
+                raise RingFormatError(f"{path}: {size} bytes are too few for a packet ring", str(path))
+            memory = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        header = np.frombuffer(memory, RING_HEADER, 1)[0].copy()
+        blocks, header_bytes = _state_blocks()
+        expected = {"version": VERSION, "header_bytes": header_bytes}
+        for stage, (offset, copy) in blocks.items():
+            expected[f"{stage}_state_offset"], expected[f"{stage}_state_bytes"] = offset, copy
+        problem = None
+        if header["magic"].tobytes() != RING_MAGIC:
+            problem = "no packet ring (its magic is missing)"
+        else:
+            for name, value in expected.items():
+                if header[name] != value:
+                    problem = f"{name} is {int(header[name])}, expected {value}"
+                    break
+        records, record_bytes = int(header["records"]), int(header["record_bytes"])
+        if problem is None and (records < 2 or records & (records - 1) or record_bytes % 64 or record_bytes <= RECORD.itemsize):
+            problem = f"{records} records of {record_bytes} bytes cannot be"
+        if problem is None and header_bytes + records * record_bytes != size:
+            problem = f"its size is {size}, its header promises {header_bytes + records * record_bytes}"
+        if problem is not None:
+            raise RingFormatError(f"{path}: {problem}; remove the file and start the dump again", str(path))
+        if identity is not None and header["identity"].tobytes() != identity:
+            found = header["identity"]["run_id"].decode(errors="replace")
+            raise ConfigError(f"{path}: the ring of another job or plan (run {found!r}); remove it or name another file")
+        return cls(path, memory)
+
+    def _cursor(self, name: str) -> int:
+        return _atomics.load(self.memory, RING_HEADER.fields[name][1])
+
+    @property
+    def written(self) -> int:
+        """Records that the dump has completed."""
+        return self._cursor("written")
+
+    @property
+    def parsed(self) -> int:
+        """Records that the parser has annotated."""
+        return self._cursor("parsed")
+
+    @property
+    def extracted(self) -> int:
+        """Records that the extractor is done with."""
+        return self._cursor("extracted")
+
+    @property
+    def ended(self) -> bool:
+        """Whether no record follows `written`."""
+        return bool(self._cursor("ended"))
+
+    def record(self, index: int) -> np.ndarray:
+        """Return the header of record `index` (of the stream) as a writable view."""
+        offset = self.header_bytes + (index & (self.records - 1)) * self.record_bytes
+        return np.frombuffer(self.memory, RECORD, 1, offset)[0:1]
+
+    def frame(self, index: int) -> bytes:
+        """Return the stored bytes of a record's frame."""
+        offset = self.header_bytes + (index & (self.records - 1)) * self.record_bytes + RECORD.itemsize
+        length = int(self.record(index)["stored_length"][0])
+        return bytes(self.memory[offset : offset + min(length, self.record_bytes - RECORD.itemsize)])
+
+    def close(self) -> None:
+        """Give the mapping up; views handed out keep it until they go."""
+        try:
+            self.memory.close()
+        except BufferError:
+            pass  # a stage still holds a view: the mapping goes with it
+
+    def __enter__(self) -> PacketRing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
