@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""The `flowcheck` command: options in, library calls, results out. Stages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowcheck.errors import ConfigError, DifferenceError
+from flowcheck.options import Group, command_settings, debug_option, json_option, print_json, version_option
+
+__all__ = ["main"]
+
+
+@click.group(cls=Group, context_settings=command_settings)
+@version_option
+@debug_option
+def main() -> None:
+    """Checkpoint distributed training after every iteration, from mirrored network packets."""
+
+
+def _streams(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    captures: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise click.BadParameter(f"{value!r} is not NAME=CAPTURE")
+        if name in captures:
+            raise click.BadParameter(f"stream {name!r} is given twice")
+        captures[name] = Path(path)
+    return captures
+
+
+@main.command()
+@click.argument("capture", type=click.Path(path_type=Path))
+@click.option("--messages", is_flag=True, help="List every message of every flow.")
+@json_option
+@debug_option
+def inspect(capture: Path, messages: bool, as_json: bool) -> None:
+    """Say what is in a pcap or pcapng file: every flow, decoded; no plan is needed.
+
+    \b
+    Example:
+      flowcheck inspect link-0.pcapng
+    """
+    from packet_parser.inspect import inspect as inspect_capture
+
+    report = inspect_capture(capture, messages=messages)
+    if as_json:
+        print_json(report)
+        return
+    from flowcheck.tables import print_flows
+
+    print_flows(report)
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--stream", "captures", multiple=True, required=True, callback=_streams, metavar="NAME=CAPTURE", help="The capture of a stream of the plan; once per stream.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Checkpoint directory.")
+@click.option("--keep-gradients/--no-keep-gradients", default=False, help="Record in DIR that retention shall never remove a gradient.")
+@click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy with this DMA engine (DPDK device arguments); several share the work.")
+@click.option("--require-complete", is_flag=True, help="End with status 6 if an iteration is not committed (or whole).")
+@json_option
+@debug_option
+def replay(plan: Path, captures: dict[str, Path], out: Path, keep_gradients: bool, dma: tuple[str, ...], require_complete: bool, as_json: bool) -> None:
+    """Run captures through the whole pipeline into a checkpoint directory.
+
+    \b
+    Example:
+      flowcheck replay plan.json --stream link-0=link-0.pcapng --out checkpoints
+    """
+    from flowcheck.replay import replay as run
+    from flowcheck.tables import frame_progress, print_iterations
+
+    with frame_progress() as progress:
+        report = run(plan, captures, out, keep_gradients=keep_gradients, dma=dma, progress=progress)
+    if as_json:
+        print_json(report)
+    else:
+        print_iterations(report)
+    if require_complete:
+        _require_complete(report)
+
+
+def _require_complete(report: dict[str, Any]) -> None:
+    short = [i for i in report["iterations"] if i["state"] not in ("committed", "whole", "superseded")]
+    if short or not report["iterations"]:
+        what = f"iteration {short[0]['iteration']} is {short[0]['state']}" if short else "no iteration was seen"
+        raise DifferenceError(f"{what}; {len(short)} of {len(report['iterations'])} iterations are not complete")
+
+
+@main.command("list")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--require-complete", is_flag=True, help="End with status 6 if an iteration is not committed (or whole).")
+@json_option
+@debug_option
+def list_command(directory: Path, require_complete: bool, as_json: bool) -> None:
+    """List the iterations of a checkpoint directory and their states."""
+    from flowcheck.tables import print_iterations
+    from updater.listing import listing
+
+    report = listing(directory)
+    if as_json:
+        print_json(report)
+    else:
+        print_iterations(report)
+    if require_complete:
+        _require_complete(report)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--iteration", required=True, type=click.IntRange(min=1), help="Which iteration.")
+@click.option("--bucket", type=click.IntRange(min=0), help="Only this bucket, from 0.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .npy file to write.")
+@debug_option
+def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> None:
+    """Write one iteration's reduced gradient, flat, in bucket order and wire dtype (bfloat16 as uint16)."""
+    from updater.gradient import read_gradient, write_gradient
+
+    write_gradient(out, read_gradient(directory, iteration, bucket))
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=0), help="Which iteration; the latest committed if not given.")
+@click.option("--attempt", type=click.IntRange(min=1), help="Of which attempt; the latest if not given.")
+@click.option("--format", "form", required=True, type=click.Choice(["torch", "hdf5"]), help="torch: loadable with weights_only=True.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@debug_option
+def restore(directory: Path, iteration: int | None, attempt: int | None, form: str, out: Path) -> None:
+    """Write a checkpoint of the latest or any other committed iteration.
+
+    \b
+    Example:
+      flowcheck restore checkpoints --iteration 12 --format torch --out state.pt
+    """
+    from updater import restore as restoring
+
+    state = restoring.restore(directory, iteration, attempt)
+    restoring.write(state, form, out)
+    click.echo(f"iteration {state['iteration']} restored to {out}", err=True)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+@debug_option
+def verify(directory: Path, as_json: bool) -> None:
+    """Recompute every checksum, replay the log over the snapshots, and compare.
+
+    Ends with 5 if a file fails its checksum, with 6 if log and snapshots disagree.
+    """
+    from updater.verify import verify as verify_directory
+
+    report = verify_directory(directory)
+    if as_json:
+        print_json(report)
+    else:
+        from flowcheck.tables import print_verification
+
+        print_verification(report)
+    if not report["ok"]:
+        sys.exit(report["exit_code"] if "exit_code" in report else DifferenceError.exit_code)
+
+
+@main.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@json_option
+@debug_option
+def diff(first: str, second: str, as_json: bool) -> None:
+    """Compare two checkpoints tensor by tensor, bit by bit; A and B are DIR@N or a torch file. Unequal: status 6."""
+    from updater.diff import diff as compare
+
+    report = compare(first, second)
+    if as_json:
+        print_json(report)
+    else:
+        from flowcheck.tables import print_difference
+
+        print_difference(report)
+    if not report["equal"]:
+        sys.exit(DifferenceError.exit_code)
+
+
+@main.command()
+@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Where the files go; a new temporary folder if not given.")
+@json_option
+@debug_option
+def demo(directory: Path | None, as_json: bool) -> None:
+    """Show the product in one go: train, checkpoint from packets, kill, restore, resume, compare."""
+    from flowcheck.demo import demo as run
+    from flowcheck.tables import print_demo, step_progress
+
+    if directory is not None and directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory}: not empty; name a new folder")
+    with step_progress() as progress:
+        report = run(directory, progress)
+    if as_json:
+        print_json(report)
+    else:
+        print_demo(report)
+    if not (report["bit_exact"] and report["resumed_equal"]):
+        sys.exit(DifferenceError.exit_code)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""What a person sees: tables on stdout, progress bars on stderr when it is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flowcheck.verdicts import COUNTERS
+
+__all__ = [
+    "frame_progress",
+    "print_demo",
+    "print_difference",
+    "print_flows",
+    "print_iterations",
+    "print_verification",
+    "step_progress",
+]
+
+
+def _bar() -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def frame_progress() -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (frames done, frames in all) that draws a bar."""
+    with _bar() as bar:
+        task = bar.add_task("frames", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback (what, done, in all) that draws one bar per `what`."""
+    with _bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _ranges(ranges: list[list[int]], most: int = 3) -> str:
+    text = ", ".join(f"{begin}-{end}" for begin, end in ranges[:most])
+    return text + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
+
+
+def print_iterations(report: dict[str, Any]) -> None:
+    """Print the document of `list` or `replay`."""
+    console = Console()
+    table = Table(title=f"run {report['run_id']}, attempt {report['attempt']}")
+    for name in ("iteration", "state", "bytes", "placed", "missing bytes", "reason"):
+        table.add_column(name, justify="right" if name in ("iteration", "bytes", "placed") else "left")
+    for row in report["iterations"]:
+        cells = (row["iteration"], row["state"], row["bytes"], row["placed_bytes"], _ranges(row["missing"]), row["reason"] or "")
+        table.add_row(*map(str, cells))
+    console.print(table)
+    console.print(f"snapshots: {', '.join(map(str, report['snapshots'])) or 'none'}; bit exact: {'yes' if report['bit_exact'] else 'no'}")
+    if "packets" in report:
+        counts = report["packets"]
+        console.print("packets: " + ", ".join(f"{counts[name]} {name}" for name in COUNTERS if counts[name]))
+
+
+def print_flows(report: dict[str, Any]) -> None:
+    """Print the document of `inspect`."""
+    console = Console()
+    table = Table(title=str(report["capture"]))
+    numbers = ("queue pair", "packets", "missing", "duplicates", "messages", "payload bytes", "mtu")
+    for name in ("from", "to", "queue pair", "kind", "encoding", "packets", "psn", "missing", "duplicates", "messages", "payload bytes", "mtu"):
+        table.add_column(name, justify="right" if name in numbers else "left")
+    for flow in report["flows"]:
+        cells = (
+            flow["src"], flow["dst"], flow["dest_qp"], flow["kind"], flow["encoding"], flow["packets"],
+            f"{flow['psn_first']}-{flow['psn_last']}", flow["missing"], flow["duplicates"], flow["messages"],
+            flow["payload_bytes"], flow["mtu"],
+        )  # fmt: skip
+        table.add_row(*map(str, cells))
+    console.print(table)
+    icrc = report["icrc"]
+    console.print(
+        f"{report['frames']} frames: {report['roce_frames']} RoCEv2, {report['other_frames']} other, "
+        f"{report['malformed']} malformed; ICRC right on {icrc['ok']}, wrong on {icrc['bad']}"
+    )
+    for flow in report["flows"]:
+        if "message_list" in flow:
+            messages = Table(title=f"{flow['src']} to {flow['dst']}, queue pair {flow['dest_qp']}")
+            for name in ("psn", "packets", "bytes", "address", "immediate", "complete"):
+                messages.add_column(name, justify="right")
+            for row in flow["message_list"]:
+                cells = (row["psn"], row["packets"], row["bytes"], hex(row["address"]), row["immediate"], row["complete"])
+                messages.add_row(*("" if cell is None else str(cell) for cell in cells))
+            console.print(messages)
+
+
+def print_verification(report: dict[str, Any]) -> None:
+    """Print the document of `verify`."""
+    console = Console()
+    for problem in report["problems"]:
+        console.print(f"{problem['file']}: {problem['what']}")
+    state = "everything agrees" if report["ok"] else "NOT ALL IS WELL"
+    console.print(f"{state}: {report['files']} files, {report['bytes']} bytes, proved to iteration {report['proved_to']}")
+
+
+def print_difference(report: dict[str, Any]) -> None:
+    """Print the document of `diff`."""
+    console = Console()
+    if report["equal"]:
+        console.print(f"equal: {report['tensors']} tensors, bit for bit")
+        return
+    table = Table(title=f"{len(report['different'])} of {report['tensors']} tensors differ")
+    for name in ("tensor", "elements", "first index", "max ULP"):
+        table.add_column(name)
+    for row in report["different"]:
+        table.add_row(row["name"], str(row["elements"]), str(row["first_index"]), str(row["max_ulp"]))
+    console.print(table)
+
+
+def print_demo(report: dict[str, Any]) -> None:
+    """Print the closing table of `demo`."""
+    console = Console()
+    table = Table(title="FlowCheck demonstration", show_header=False)
+    words = {
+        "transport": "transport", "ranks": "ranks", "iterations": "iterations trained", "killed_at": "training killed in iteration",
+        "committed": "iterations committed", "incomplete": "iterations incomplete", "restored": "restored iteration",
+        "bit_exact": "every committed state equals the trainer's, bit for bit",
+        "resumed_equal": "the resumed run ends with the bits of one never stopped",
+        "max_lag": "most iterations behind", "frames": "frames captured",
+    }  # fmt: skip
+    for key, text in words.items():
+        value = report[key]
+        table.add_row(text, ("yes" if value else "NO") if isinstance(value, bool) else str(value))
+    console.print(table)
+    console.print(f"files: {report['dir']}", soft_wrap=True)
