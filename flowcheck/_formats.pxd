@@ -78,7 +78,7 @@ cdef struct fc_ring_header:
     uint32_t version
     uint32_t header_bytes       # offset of record 0
     uint32_t record_bytes       # header and frame room, a multiple of 64
-    uint32_t reserved
+    uint32_t live               # 1: a port, which may fall silent; 0: a file, which is waited for
     uint64_t records            # a power of two
     uint64_t created_ns
     uint32_t dump_state_offset
@@ -114,7 +114,7 @@ cdef struct fc_extract_state:
     uint64_t engine_bytes
     uint64_t engine_failed
     uint64_t highest_iteration  # of any packet with a proved place
-    uint32_t settled[64]        # per connection of the plan: it is past this iteration
+    uint32_t settled[64]        # per connection of the plan: it is past every iteration below this
 
 # First page of a slot file.
 cdef struct fc_slots_header:

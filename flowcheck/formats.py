@@ -67,7 +67,7 @@ RING_HEADER = np.dtype(
         ("version", "<u4"),
         ("header_bytes", "<u4"),
         ("record_bytes", "<u4"),
-        ("reserved", "<u4"),
+        ("live", "<u4"),
         ("records", "<u8"),
         ("created_ns", "<u8"),
         ("dump_state_offset", "<u4"),

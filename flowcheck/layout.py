@@ -218,10 +218,9 @@ def _compile(plan: Plan, shard: Shard, index: int) -> Program:
             table.add(message, width, destination, verdict, 1 if number else 2)
 
     table.begin(0, 0, 1)
-    carried = 0
+    initial = iter(plan.initial_ranges)
     for op in shard.startup:
-        collective(op, carried if op.carries else 0)
-        carried += op.bytes if op.carries else 0
+        collective(op, next(initial)[0] if op.carries else 0)
     table.end()
     for number, revision in enumerate(shard.revisions):
         if revision.before:

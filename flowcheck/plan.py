@@ -144,11 +144,7 @@ class Revision(_Model):
     @cached_property
     def bucket_offsets(self) -> list[int]:
         """Byte offset of each bucket in a slot."""
-        offsets, end = [], 0
-        for bucket in self.buckets:
-            offsets.append(end)
-            end = -(-(end + bucket.bytes) // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
-        return offsets
+        return [begin for begin, _ in self.slot_ranges]
 
     @property
     def gradient_bytes(self) -> int:
@@ -158,29 +154,12 @@ class Revision(_Model):
     @property
     def slot_bytes(self) -> int:
         """Bytes of one iteration's gradient in a slot, with the padding between buckets."""
-        return self.bucket_offsets[-1] + self.buckets[-1].bytes
+        return self.slot_ranges[-1][1]
 
-    @property
+    @cached_property
     def slot_ranges(self) -> list[tuple[int, int]]:
-        """Byte ranges of a slot that hold gradient (the rest is padding)."""
-        return [(o, o + b.bytes) for o, b in zip(self.bucket_offsets, self.buckets, strict=True)]
-
-    def flat_ranges(self, slot_ranges: list[tuple[int, int]]) -> list[list[int]]:
-        """Return ranges of slot bytes as ranges of the flat gradient: sorted, merged, padding left out."""
-        out: list[list[int]] = []
-        flat = 0
-        for begin, end in self.slot_ranges:
-            for low, high in sorted(slot_ranges):
-                low, high = max(low, begin), min(high, end)
-                if low >= high:
-                    continue
-                piece = [flat + low - begin, flat + high - begin]
-                if out and out[-1][1] >= piece[0]:
-                    out[-1][1] = max(out[-1][1], piece[1])
-                else:
-                    out.append(piece)
-            flat += end - begin
-        return out
+        """Byte range of each bucket in a slot; what lies between is padding."""
+        return _aligned([bucket.bytes for bucket in self.buckets])
 
 
 class Layout(_Model):
@@ -222,6 +201,34 @@ class QueuePairProof(_Model):
     kind: Literal["queue_pair"]
     data: Annotated[tuple[QueuePair, ...], Field(min_length=1)]
     credit: tuple[QueuePair, ...] = ()
+
+
+def _aligned(sizes: list[int]) -> list[tuple[int, int]]:
+    """Return the ranges of pieces laid one after another, each begun on BUCKET_ALIGNMENT."""
+    ranges, end = [], 0
+    for size in sizes:
+        begin = -(-end // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+        end = begin + size
+        ranges.append((begin, end))
+    return ranges
+
+
+def _flat(pieces: list[tuple[int, int]], slot_ranges: list[tuple[int, int]]) -> list[list[int]]:
+    """Return ranges of slot bytes as ranges of the pieces joined: sorted, merged, padding left out."""
+    out: list[list[int]] = []
+    flat = 0
+    for begin, end in pieces:
+        for low, high in sorted(slot_ranges):
+            low, high = max(low, begin), min(high, end)
+            if low >= high:
+                continue
+            piece = [flat + low - begin, flat + high - begin]
+            if out and out[-1][1] >= piece[0]:
+                out[-1][1] = max(out[-1][1], piece[1])
+            else:
+                out.append(piece)
+        flat += end - begin
+    return out
 
 
 def _address(text: str) -> bytes:
@@ -476,15 +483,29 @@ class Plan(_Model):
             unknown = [key for key in self.initial_state.tensors if key not in keys]
             if unknown:
                 raise ValueError(f"initial_state.tensors: {unknown[0]!r} is not a key of state")
-            carried = sum(op.bytes for shard in self.shards for op in shard.startup if op.carries)
-            if carried != self.initial_bytes:
-                raise ValueError(f"initial_state.tensors have {self.initial_bytes} bytes, the broadcasts that carry them {carried}")
+            self._check_broadcasts()
             covered = {entry.parameter or entry.key for entry in self.state if entry.key in self.initial_state.tensors}
             absent = [e.key for e in self.state if (e.parameter or e.key) not in covered]
             if absent:
                 raise ValueError(f"initial_state.tensors: nothing gives {absent[0]!r} its first value")
         elif any(op.carries for shard in self.shards for op in shard.startup):
             raise ValueError("a start-up broadcast carries the initial state, but initial_state.source is 'file'")
+
+    def _check_broadcasts(self) -> None:
+        """Each broadcast that carries the initial state carries whole tensors of one dtype."""
+        entries = {entry.key: entry for entry in self.state}
+        left = [entries[key] for key in self.initial_state.tensors]
+        carriers = [op for op in self.shards[0].startup if op.carries]
+        total, carried = sum(entry.bytes for entry in left), sum(op.bytes for op in carriers)
+        if carried != total:
+            raise ValueError(f"initial_state.tensors have {total} bytes, the broadcasts that carry them {carried}")
+        for op in carriers:
+            room = op.bytes
+            while room > 0:
+                entry = left.pop(0)
+                room -= entry.bytes
+                if room < 0 or entry.dtype != op.dtype:
+                    raise ValueError(f"initial_state.tensors: {entry.key!r} does not fit the {op.dtype} broadcast that carries it")
 
     @property
     def shard(self) -> Shard:
@@ -501,12 +522,28 @@ class Plan(_Model):
         return self.shard.revision(iteration)
 
     @cached_property
-    def initial_bytes(self) -> int:
-        """Bytes of the initial state that the job broadcasts; 0 if it comes from a file or there is no model."""
-        if self.initial_state is None or self.initial_state.source != "broadcast":
-            return 0
+    def initial_ranges(self) -> list[tuple[int, int]]:
+        """Byte range in the initial-state slot of each start-up broadcast that carries it."""
+        return _aligned([op.bytes for op in self.shard.startup if op.carries])
+
+    @cached_property
+    def initial_offsets(self) -> dict[str, int]:
+        """Byte offset in the initial-state slot of each tensor of `initial_state.tensors`."""
         entries = {entry.key: entry for entry in self.state}
-        return sum(entries[key].bytes for key in self.initial_state.tensors)
+        offsets: dict[str, int] = {}
+        pieces = iter(self.initial_ranges)
+        at = end = 0
+        for key in self.initial_state.tensors if self.initial_ranges else ():
+            if at == end:
+                at, end = next(pieces)
+            offsets[key] = at
+            at += entries[key].bytes
+        return offsets
+
+    @cached_property
+    def initial_bytes(self) -> int:
+        """Room that the initial state needs in its slot; 0 if it comes from a file or there is no model."""
+        return self.initial_ranges[-1][1] if self.initial_ranges else 0
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -518,11 +555,13 @@ class Plan(_Model):
         """The first iteration that slots carry: 0 where the initial state comes from the wire, else 1."""
         return 0 if self.initial_bytes else 1
 
+    def slot_ranges(self, iteration: int) -> list[tuple[int, int]]:
+        """Return the byte ranges of an iteration's slot that hold data; 0 is the initial state."""
+        return self.initial_ranges if iteration == 0 else self.revision(iteration).slot_ranges
+
     def flat_ranges(self, iteration: int, slot_ranges: list[tuple[int, int]]) -> list[list[int]]:
-        """Return ranges of slot bytes of an iteration as ranges of its flat gradient."""
-        if iteration == 0:
-            return [list(r) for r in slot_ranges]
-        return self.revision(iteration).flat_ranges(slot_ranges)
+        """Return ranges of slot bytes of an iteration as ranges of its flat gradient, padding left out."""
+        return _flat(self.slot_ranges(iteration), slot_ranges)
 
     def canonical(self) -> bytes:
         """Return the plan as JSON, keys sorted: equal plans give equal bytes."""

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: MIT
+"""The slot file: a few iterations' gradients, each with its coverage, between extractor and updater.
+
+The slot of the initial state comes first (it may be empty), then `slots` gradient slots; iteration i lies in number
+(i - 1) mod `slots`. Coverage is two bitmaps, one bit per unit of 8 bytes: claimed, and done. docs/slot-format.md draws
+the file. The extractor opens and settles slots; the updater gives them back by advancing `consumed_next`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from flowcheck import _atomics
+from flowcheck.errors import ConfigError, SlotFormatError
+from flowcheck.formats import SLOT, SLOTS_HEADER, SLOTS_MAGIC, VERSION
+
+__all__ = ["EMPTY", "FILLING", "INCOMPLETE", "REASONS", "UNIT_BYTES", "WHOLE", "SlotFile"]
+
+UNIT_BYTES = 8
+PAGE = 4096
+EMPTY, FILLING, WHOLE, INCOMPLETE = range(4)
+#: Names of fc_slot.reason.
+REASONS = (None, "missing", "conflict", "end_of_stream")
+
+
+def _slot_offsets(data_bytes: int) -> tuple[int, int, int, int]:
+    """Return (claim, done, data offset, whole size) of a slot with room for so many bytes."""
+    bitmap = -(-(-(-data_bytes // UNIT_BYTES)) // 512) * 64
+    claim = PAGE
+    done = claim + bitmap
+    data = -(-(done + bitmap) // PAGE) * PAGE
+    return claim, done, data, -(-(data + data_bytes) // PAGE) * PAGE
+
+
+class SlotFile:
+    """A mapped slot file; `create` or `open`, then `close` (or use it in a `with`).
+
+    Attributes:
+        path: the file.
+        memory: the whole file, mapped for reading and writing.
+        slots: gradient slots.
+        gradient_bytes: room of one.
+        initial_bytes: room of the initial-state slot; 0 if the plan has none on the wire.
+        identity: the job's identity, 128 bytes.
+    """
+
+    def __init__(self, path: Path, memory: mmap.mmap) -> None:
+        header = np.frombuffer(memory, SLOTS_HEADER, 1)[0].copy()
+        self.path, self.memory = path, memory
+        self.slots, self.gradient_bytes = int(header["slots"]), int(header["gradient_bytes"])
+        self.initial_bytes, self._slot_bytes = int(header["initial_bytes"]), int(header["slot_bytes"])
+        self._first = int(header["header_bytes"])
+        self._gradients = self._first + (_slot_offsets(self.initial_bytes)[3] if self.initial_bytes else 0)
+        self.identity = header["identity"].tobytes()
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, slots: int, gradient_bytes: int, initial_bytes: int, identity: bytes
+    ) -> SlotFile:
+        """Make a slot file; `path` must not exist. Mode 0600; it appears under its name only when it is whole."""
+        path = Path(path)
+        header = np.zeros((), SLOTS_HEADER)
+        header["magic"], header["version"], header["header_bytes"] = np.void(SLOTS_MAGIC), VERSION, PAGE
+        header["slots"], header["gradient_bytes"], header["initial_bytes"] = slots, gradient_bytes, initial_bytes
+        header["slot_bytes"] = _slot_offsets(gradient_bytes)[3]
+        header["created_ns"] = time.time_ns()
+        header["identity"] = np.frombuffer(identity, SLOTS_HEADER["identity"])[0]
+        first_iteration = 0 if initial_bytes else 1
+        header["settled_next"] = header["consumed_next"] = first_iteration
+        initial_size = _slot_offsets(initial_bytes)[3] if initial_bytes else 0
+        size = PAGE + initial_size + slots * int(header["slot_bytes"])
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            os.pwrite(descriptor, header.tobytes(), 0)
+            for number in range(-1 if initial_bytes else 0, slots):
+                room = initial_bytes if number < 0 else gradient_bytes
+                slot = np.zeros((), SLOT)
+                slot["iteration"] = np.uint64(2**64 - 1)  # of nobody yet
+                slot["claim_offset"], slot["done_offset"], slot["data_offset"], _ = _slot_offsets(room)
+                slot["data_bytes"] = room
+                begin = PAGE if number < 0 else PAGE + initial_size + number * int(header["slot_bytes"])
+                os.pwrite(descriptor, slot.tobytes(), begin)
+            os.link(temporary, path)
+        finally:
+            os.close(descriptor)
+            os.unlink(temporary)
+        return cls.open(path, identity)
+
+    @classmethod
+    def open(cls, path: str | Path, identity: bytes | None = None) -> SlotFile:
+        """Map an existing slot file; SlotFormatError if it is none, ConfigError if it is another job's."""
+        path = Path(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < PAGE:
+                raise SlotFormatError(f"{path}: {size} bytes are too few for a slot file", str(path))
+            memory = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        header = np.frombuffer(memory, SLOTS_HEADER, 1)[0].copy()
+        problem = cls._problem(memory, header, size)
+        if problem is not None:
+            raise SlotFormatError(f"{path}: {problem}; remove the file and start the extractor again", str(path))
+        if identity is not None and header["identity"].tobytes() != identity:
+            found = header["identity"]["run_id"].decode(errors="replace")
+            raise ConfigError(f"{path}: slots of another job or plan (run {found!r}); remove it or name another file")
+        return cls(path, memory)
+
+    @staticmethod
+    def _problem(memory: mmap.mmap, header: np.void, size: int) -> str | None:
+        if header["magic"].tobytes() != SLOTS_MAGIC:
+            return "no slot file (its magic is missing)"
+        if header["version"] != VERSION or header["header_bytes"] != PAGE:
+            return f"version {int(header['version'])}, expected {VERSION}"
+        slots, gradient, initial = (int(header[name]) for name in ("slots", "gradient_bytes", "initial_bytes"))
+        if not (1 <= slots <= 4096 and 0 < gradient < 2**44 and initial < 2**44):
+            return f"{slots} slots of {gradient} bytes cannot be"
+        if header["slot_bytes"] != _slot_offsets(gradient)[3]:
+            return f"slot_bytes is {int(header['slot_bytes'])}, expected {_slot_offsets(gradient)[3]}"
+        begin = PAGE
+        rooms = ([initial] if initial else []) + [gradient] * slots
+        if begin + sum(_slot_offsets(room)[3] for room in rooms) != size:
+            return f"its size is {size}, its header promises {begin + sum(_slot_offsets(room)[3] for room in rooms)}"
+        for room in rooms:
+            slot = np.frombuffer(memory, SLOT, 1, begin)[0]
+            found = tuple(int(slot[name]) for name in ("claim_offset", "done_offset", "data_offset", "data_bytes"))
+            if found != (*_slot_offsets(room)[:3], room) or int(slot["units"]) * UNIT_BYTES > room + UNIT_BYTES - 1:
+                return f"a slot header contradicts the file's ({found})"
+            begin += _slot_offsets(room)[3]
+        return None
+
+    def offset(self, iteration: int) -> int:
+        """Return where in the file the slot of an iteration begins."""
+        if iteration == 0:
+            if not self.initial_bytes:
+                raise IndexError("the plan takes no initial state from the wire")
+            return self._first
+        return self._gradients + (iteration - 1) % self.slots * self._slot_bytes
+
+    def slot(self, iteration: int) -> np.ndarray:
+        """Return the header of an iteration's slot, one element of dtype SLOT, as a view."""
+        return np.frombuffer(self.memory, SLOT, 1, self.offset(iteration))
+
+    def gradient(self, iteration: int) -> np.ndarray:
+        """Return the data of an iteration's slot, uint8, as a view: buckets at their slot offsets."""
+        slot = self.slot(iteration)[0]
+        return np.frombuffer(
+            self.memory, np.uint8, int(slot["data_bytes"]), self.offset(iteration) + int(slot["data_offset"])
+        )
+
+    def missing(self, iteration: int) -> list[tuple[int, int]]:
+        """Return the byte ranges of an iteration's slot that are not done; units are counted whole."""
+        slot = self.slot(iteration)[0]
+        units = int(slot["units"])
+        bitmap = np.frombuffer(
+            self.memory, np.uint8, -(-units // 8), self.offset(iteration) + int(slot["done_offset"])
+        )
+        undone = 1 - np.unpackbits(bitmap, bitorder="little")[:units].astype(np.int8)
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], undone, [0]))))
+        return [(int(a) * UNIT_BYTES, int(b) * UNIT_BYTES) for a, b in edges.reshape(-1, 2)]
+
+    @property
+    def settled_next(self) -> int:
+        """Every iteration below it is decided."""
+        return _atomics.load(self.memory, SLOTS_HEADER.fields["settled_next"][1])
+
+    @property
+    def consumed_next(self) -> int:
+        """Every iteration below it may be overwritten."""
+        return _atomics.load(self.memory, SLOTS_HEADER.fields["consumed_next"][1])
+
+    @consumed_next.setter
+    def consumed_next(self, value: int) -> None:
+        _atomics.store(self.memory, SLOTS_HEADER.fields["consumed_next"][1], value)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no iteration follows `settled_next`."""
+        return bool(_atomics.load(self.memory, SLOTS_HEADER.fields["ended"][1]))
+
+    def close(self) -> None:
+        """Give the mapping up; views handed out keep it until they go."""
+        try:
+            self.memory.close()
+        except BufferError:
+            pass  # a stage still holds a view: the mapping goes with it
+
+    def __enter__(self) -> SlotFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
