@@ -1,0 +1,478 @@
+# SPDX-License-Identifier: MIT
+"""The extractor's loop: annotated ring records into gradient slots.
+
+The order in which a packet's effects become visible is what makes a kill at any instruction harmless: units are
+claimed, bytes are placed, the record's `decision` is written, the units are marked done. A slot's bytes count only
+where they are done; at start, claims fall back to done, and a record that has a decision keeps it.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from flowcheck._copy cimport CopyEngine
+from flowcheck._formats cimport (
+    FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
+    FC_INITIAL_STATE, FC_LATE, FC_LOAD_ACQUIRE, FC_PLACED, FC_REASON_CONFLICT, FC_REASON_END_OF_STREAM,
+    FC_REASON_MISSING, FC_REASON_NONE, FC_SLOT_FILLING, FC_SLOT_INCOMPLETE, FC_SLOT_WHOLE, FC_STORE_RELEASE,
+    FC_UNSYNCHRONISED, FC_VERDICT_NONE, FC_VERDICTS, fc_extract_state, fc_publish, fc_record, fc_recover,
+    fc_ring_header, fc_slot, fc_slots_header,
+)
+
+from flowcheck.errors import FlowCheckError
+
+cdef extern from "rte_prefetch.h" nogil:
+    void rte_prefetch0(const void *address)
+
+cdef extern from "_ll.h" nogil:
+    ctypedef int (*fc_ll_strip)(uint8_t *dst, const uint8_t *src, size_t lines, uint32_t flag)
+    fc_ll_strip fc_ll_kernel(const char *name)
+
+cdef extern from * nogil:
+    """
+    #define FC_POPCOUNT(x) ((uint64_t)__builtin_popcountll(x))
+    #define FC_FETCH_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
+    """
+    uint64_t FC_POPCOUNT(uint64_t value)
+    uint64_t FC_FETCH_AND(uint64_t *p, uint64_t value)
+
+cdef enum:
+    BURST = 256
+    MOST_RINGS = 32
+    MOST_CONNECTIONS = 64
+    MOST_PIECES = 4096          # ranges of all revisions together
+    MOST_REVISIONS = 64
+    # A payload is below 64 KiB: 8192 units, in so many words of a bitmap (one more where it begins inside a word).
+    MOST_WORDS = 129
+    STALLED = 255               # not a verdict: the record must wait for a slot
+
+cdef struct ring_view:
+    fc_ring_header *header
+    uint8_t *records
+    uint32_t record_bytes
+    uint64_t mask
+    uint8_t *block
+    uint32_t block_bytes
+    uint64_t connections        # bit per connection of the plan that this stream shows
+    uint64_t last_record_ns     # monotonic; when there was last something to read
+    fc_extract_state state
+
+cdef struct revision_view:
+    uint64_t first_iteration
+    uint32_t first_piece
+    uint32_t pieces
+
+
+def strip(bytes source, uint32_t flag, str kernel="auto"):
+    """strip(source, flag, kernel="auto") -> the data bytes of LL lines, or None if a flag is wrong.
+
+    kernel: "auto", "scalar", "avx2" or "avx512"; ValueError if this processor has not got it.
+    """
+    cdef fc_ll_strip function = fc_ll_kernel(kernel.encode())
+    if function == NULL:
+        raise ValueError(f"this processor has no {kernel} kernel")
+    if len(source) % 16:
+        raise ValueError(f"{len(source)} bytes are not whole lines of 16")
+    target = bytearray(len(source) // 2)
+    cdef uint8_t *out = target
+    cdef const uint8_t *into = source
+    cdef size_t lines = len(source) // 16
+    cdef int right
+    with nogil:
+        right = function(out, into, lines, flag)
+    return bytes(target) if right else None
+
+
+cdef class ExtractLoop:
+    """One extractor over K rings and a slot file. `poll` until `finished`, then drop it; one thread."""
+
+    cdef object _keep           # the buffers that the pointers below lead into
+    cdef ring_view rings[MOST_RINGS]
+    cdef uint32_t ring_count
+    cdef fc_slots_header *header
+    cdef uint8_t *slot_base     # of the gradient slots
+    cdef uint8_t *initial       # the initial-state slot, NULL if none
+    cdef revision_view revisions[MOST_REVISIONS]
+    cdef uint32_t revision_count
+    cdef uint64_t pieces[MOST_PIECES][2]  # unit ranges [first, last) that hold data
+    cdef revision_view initial_view
+    cdef uint64_t silence_ns
+    cdef fc_ll_strip strip
+    cdef CopyEngine engine
+    cdef uint8_t *scratch
+    cdef bytearray _scratch
+
+    def __cinit__(self, rings, memories, connections, slots_memory, uint64_t first_offset, uint64_t gradients_offset,
+                  revisions, initial, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
+        """Wire the loop up; `extractor.Extractor` is the way to make one."""
+        cdef unsigned char[::1] view
+        cdef uint32_t i, at
+        if len(memories) > MOST_RINGS:
+            raise FlowCheckError(f"{len(memories)} streams: the extractor takes {MOST_RINGS}")
+        self.strip = fc_ll_kernel(kernel.encode())
+        if self.strip == NULL:
+            raise ValueError(f"this processor has no {kernel} kernel")
+        self.engine = engine
+        self.silence_ns = silence_ns
+        self._scratch = bytearray(65536 + 64)
+        self.scratch = self._scratch
+        self._keep = []
+        self.ring_count = len(memories)
+        for i in range(self.ring_count):
+            view = memories[i]
+            self._keep.append(view)
+            self.rings[i].header = <fc_ring_header *> &view[0]
+            self.rings[i].records = &view[0] + self.rings[i].header.header_bytes
+            self.rings[i].record_bytes = self.rings[i].header.record_bytes
+            self.rings[i].mask = self.rings[i].header.records - 1
+            self.rings[i].block = &view[0] + self.rings[i].header.extract_state_offset
+            self.rings[i].block_bytes = self.rings[i].header.extract_state_bytes
+            self.rings[i].connections = connections[i]
+            memset(&self.rings[i].state, 0, sizeof(fc_extract_state))
+        view = slots_memory
+        self._keep.append(view)
+        self.header = <fc_slots_header *> &view[0]
+        self.initial = &view[first_offset] if initial else NULL
+        self.slot_base = &view[gradients_offset]
+        if len(revisions) > MOST_REVISIONS or sum(len(r[1]) for r in revisions) + len(initial) > MOST_PIECES:
+            raise FlowCheckError("the plan has more revisions or buckets than the extractor takes")
+        at = 0
+        self.revision_count = len(revisions)
+        for i, (first, ranges) in enumerate(revisions):
+            self.revisions[i].first_iteration = first
+            at = self._add_pieces(&self.revisions[i], ranges, at)
+        if initial:
+            self._add_pieces(&self.initial_view, initial, at)
+        self._recover()
+
+    cdef uint32_t _add_pieces(self, revision_view *view, ranges, uint32_t at):
+        view.first_piece = at
+        view.pieces = len(ranges)
+        for begin, end in ranges:
+            self.pieces[at][0] = begin // 8
+            self.pieces[at][1] = (end + 7) // 8
+            at += 1
+        return at
+
+    cdef int _recover(self) except -1:
+        """Take up where a killed extractor left off."""
+        cdef uint32_t i
+        cdef uint64_t now = _now_ns()
+        cdef uint64_t number
+        for i in range(self.ring_count):
+            fc_recover(self.rings[i].block, self.rings[i].block_bytes, &self.rings[i].state, sizeof(fc_extract_state))
+            FC_STORE_RELEASE(&self.rings[i].header.extracted, self.rings[i].state.extracted)
+            self.rings[i].last_record_ns = now
+        if self.initial != NULL:
+            self._recover_slot(<fc_slot *> self.initial)
+        for number in range(self.header.slots):
+            self._recover_slot(<fc_slot *> (self.slot_base + number * self.header.slot_bytes))
+        return 0
+
+    cdef void _recover_slot(self, fc_slot *slot) noexcept nogil:
+        cdef uint64_t *claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset)
+        cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset)
+        cdef uint64_t word, total = 0
+        for word in range((slot.units + 63) // 64):
+            claim[word] = done[word]
+            total += FC_POPCOUNT(done[word])
+        slot.done_units = total
+
+    # -- slots ------------------------------------------------------------------------------------------------------
+
+    cdef fc_slot *_slot(self, uint64_t iteration) noexcept nogil:
+        """Return the open slot of an iteration that is not settled, opening it if it may be; NULL if it may not."""
+        cdef fc_slot *slot
+        cdef uint64_t consumed
+        if iteration == 0:
+            slot = <fc_slot *> self.initial
+        else:
+            slot = <fc_slot *> (self.slot_base + ((iteration - 1) % self.header.slots) * self.header.slot_bytes)
+        if slot == NULL or slot.iteration == iteration:
+            return slot
+        consumed = FC_LOAD_ACQUIRE(&self.header.consumed_next)
+        if consumed == 0:
+            consumed = 1  # the initial state has a slot of its own
+        if iteration != 0 and iteration >= consumed + self.header.slots:
+            return NULL
+        self._open(slot, iteration)
+        return slot
+
+    cdef void _open(self, fc_slot *slot, uint64_t iteration) noexcept nogil:
+        cdef revision_view *view = &self.initial_view
+        cdef uint64_t *claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset)
+        cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset)
+        cdef uint64_t unit, end = 0
+        cdef uint32_t i
+        if iteration:
+            view = &self.revisions[0]
+            for i in range(self.revision_count):
+                if self.revisions[i].first_iteration <= iteration:
+                    view = &self.revisions[i]
+        memset(claim, 0, slot.done_offset - slot.claim_offset)
+        memset(done, 0, slot.done_offset - slot.claim_offset)
+        slot.done_units = 0
+        # Padding between buckets is done from the start: nobody brings it.
+        for i in range(view.first_piece, view.first_piece + view.pieces):
+            for unit in range(end, self.pieces[i][0]):
+                claim[unit // 64] |= <uint64_t> 1 << (unit % 64)
+                done[unit // 64] |= <uint64_t> 1 << (unit % 64)
+                slot.done_units += 1
+            end = self.pieces[i][1]
+        slot.units = end
+        slot.state = FC_SLOT_FILLING
+        slot.reason = FC_REASON_NONE
+        slot.conflicts = slot.first_ns = slot.last_ns = 0
+        FC_STORE_RELEASE(&slot.iteration, iteration)
+
+    # -- one packet -------------------------------------------------------------------------------------------------
+
+    cdef uint8_t _place(self, ring_view *ring, fc_record *record) noexcept nogil:
+        """Place a record's payload; return its final verdict, or STALLED if its slot is not free yet."""
+        cdef uint8_t *payload = <uint8_t *> record + sizeof(fc_record) + record.payload_offset
+        cdef uint8_t *data
+        cdef fc_slot *slot
+        cdef uint64_t *claim
+        cdef uint64_t *done
+        cdef uint64_t fresh[MOST_WORDS]
+        cdef uint64_t begin, valid, first, last, word, bits, have, offset, unit
+        cdef uint32_t words, i
+        cdef bint all_new = True, any_new = False, equal = True
+        cdef uint8_t verdict = record.verdict
+
+        if record.payload_length == 0:
+            return FC_CONTROL
+        if (<uint64_t> record.payload_offset + record.payload_length > record.stored_length
+                or record.stored_length > ring.record_bytes - sizeof(fc_record)):
+            return FC_UNSYNCHRONISED
+        if record.encoding == FC_ENCODING_LL:
+            if record.payload_length % 16 or record.wire_offset % 16:
+                return FC_UNSYNCHRONISED
+            offset, valid = record.wire_offset // 2, record.payload_length // 2
+        elif record.encoding == FC_ENCODING_PLAIN:
+            offset, valid = record.wire_offset, record.payload_length
+        else:
+            return FC_UNSYNCHRONISED
+        if offset >= record.message_bytes:
+            return FC_UNSYNCHRONISED
+        if valid > record.message_bytes - offset:
+            valid = record.message_bytes - offset  # what lies behind is whatever the sender's register held
+        if record.iteration < self.header.settled_next:
+            return record.decision if record.decision else (verdict if verdict == FC_INITIAL_STATE else FC_LATE)
+        slot = self._slot(record.iteration)
+        if slot == NULL:
+            return STALLED
+        begin = record.destination + offset
+        if begin % 8 or record.destination > slot.data_bytes or begin + valid > slot.data_bytes:
+            return FC_UNSYNCHRONISED
+        first, last = begin // 8, (begin + valid + 7) // 8
+        if last > slot.units:
+            return FC_UNSYNCHRONISED
+
+        claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset) + first // 64
+        done = <uint64_t *> (<uint8_t *> slot + slot.done_offset) + first // 64
+        data = <uint8_t *> slot + slot.data_offset + begin
+        words = <uint32_t> ((last - 1) // 64 - first // 64 + 1)
+        for i in range(words):
+            bits = ~(<uint64_t> 0)
+            if i == 0:
+                bits <<= first % 64
+            if i == words - 1 and last % 64:
+                bits &= (<uint64_t> 1 << (last % 64)) - 1
+            have = FC_FETCH_OR(&claim[i], bits)
+            fresh[i] = bits & ~have
+            all_new &= fresh[i] == bits
+            any_new |= fresh[i] != 0
+
+        if all_new:
+            equal = self._take(record, payload, data, valid)
+            if not equal:
+                verdict = FC_UNSYNCHRONISED
+        elif not self._take(record, payload, self.scratch, valid):
+            equal = False
+            verdict = FC_UNSYNCHRONISED
+        else:
+            for unit in range(first, last):
+                word = unit // 64 - first // 64
+                have = 8 * (unit - first)
+                bits = 8 if have + 8 <= valid else valid - have
+                if not fresh[word] >> (unit % 64) & 1 and memcmp(data + have, self.scratch + have, bits):
+                    equal = False
+            if not equal:
+                slot.conflicts += 1
+                verdict = FC_CONFLICT
+            elif any_new:
+                for unit in range(first, last):
+                    have = 8 * (unit - first)
+                    bits = 8 if have + 8 <= valid else valid - have
+                    if fresh[unit // 64 - first // 64] >> (unit % 64) & 1:
+                        memcpy(data + have, self.scratch + have, bits)
+            elif verdict == FC_PLACED and record.decision == FC_VERDICT_NONE:
+                verdict = FC_DUPLICATE
+        if not equal:
+            for i in range(words):
+                FC_FETCH_AND(&claim[i], ~fresh[i])
+            return verdict
+        if record.decision == FC_VERDICT_NONE:
+            record.decision = verdict
+        bits = 0
+        for i in range(words):
+            if fresh[i]:
+                FC_FETCH_OR(&done[i], fresh[i])
+                bits += FC_POPCOUNT(fresh[i])
+        if bits:
+            FC_FETCH_ADD(&slot.done_units, bits)
+            if slot.first_ns == 0:
+                slot.first_ns = record.timestamp_ns
+            slot.last_ns = record.timestamp_ns
+        return record.decision
+
+    cdef bint _take(self, fc_record *record, uint8_t *payload, uint8_t *data, uint64_t valid) noexcept nogil:
+        """Bring `valid` data bytes of a payload to `data`; False if a line's flag is not the message's."""
+        cdef uint64_t lines
+        cdef uint8_t tail[8]
+        if record.encoding == FC_ENCODING_PLAIN:
+            self.engine.copy(data, payload, valid)
+            return True
+        lines = valid // 8
+        if not self.strip(data, payload, lines, <uint32_t> record.flag):
+            return False
+        # Lines from `valid` on carry nothing, but their flags must be right like all others.
+        while lines < record.payload_length // 16:
+            if not self.strip(tail, payload + 16 * lines, 1, <uint32_t> record.flag):
+                return False
+            if 8 * lines < valid:
+                memcpy(data + 8 * lines, tail, valid - 8 * lines)
+            lines += 1
+        return True
+
+    # -- settling ---------------------------------------------------------------------------------------------------
+
+    cdef bint _drained(self, ring_view *ring) noexcept nogil:
+        if not FC_LOAD_ACQUIRE(&ring.header.ended):
+            return False
+        return ring.state.extracted == FC_LOAD_ACQUIRE(&ring.header.written)
+
+    cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint *ended) noexcept nogil:
+        """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over."""
+        cdef uint32_t i, connection
+        cdef ring_view *ring
+        cdef bint out
+        ended[0] = False
+        for i in range(self.ring_count):
+            ring = &self.rings[i]
+            out = self._drained(ring)
+            for connection in range(MOST_CONNECTIONS):
+                if not ring.connections >> connection & 1 or ring.state.settled[connection] > iteration:
+                    continue
+                if out:
+                    ended[0] = True
+                elif not ring.header.live or now - ring.last_record_ns < self.silence_ns:
+                    return False
+        return True
+
+    cdef uint64_t _settle(self, uint64_t now) noexcept nogil:
+        """Decide iterations in order as far as possible; return how many."""
+        cdef uint64_t iteration, highest = 0, settled = 0
+        cdef uint32_t i
+        cdef fc_slot *slot
+        cdef bint ended, past
+        for i in range(self.ring_count):
+            if self.rings[i].state.highest_iteration > highest:
+                highest = self.rings[i].state.highest_iteration
+        while True:
+            iteration = self.header.settled_next
+            if iteration > highest:
+                break
+            past = self._is_past(iteration, now, &ended)
+            slot = self._slot(iteration)
+            if slot == NULL:
+                break
+            if slot.done_units == slot.units and slot.conflicts == 0:
+                slot.state = FC_SLOT_WHOLE
+            elif past or slot.done_units == slot.units:
+                slot.state = FC_SLOT_INCOMPLETE
+                slot.reason = FC_REASON_CONFLICT if slot.conflicts else FC_REASON_END_OF_STREAM if ended else FC_REASON_MISSING
+            else:
+                break
+            FC_STORE_RELEASE(&self.header.settled_next, iteration + 1)
+            settled += 1
+        return settled
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    cdef uint64_t _burst(self, ring_view *ring) noexcept nogil:
+        cdef uint64_t at = ring.state.extracted
+        cdef uint64_t parsed = FC_LOAD_ACQUIRE(&ring.header.parsed)
+        cdef uint64_t end = parsed if parsed - at < BURST else at + BURST
+        cdef fc_record *record
+        cdef uint8_t verdict
+        cdef uint64_t past
+        while at < end:
+            record = <fc_record *> (ring.records + (at & ring.mask) * ring.record_bytes)
+            rte_prefetch0(ring.records + ((at + 2) & ring.mask) * ring.record_bytes)
+            verdict = record.verdict if record.verdict < FC_VERDICTS else FC_UNSYNCHRONISED
+            if record.settled_lag and record.connection < MOST_CONNECTIONS:
+                past = record.iteration + 1
+                past = past - record.settled_lag if past > record.settled_lag else 0
+                if past > ring.state.settled[record.connection]:
+                    ring.state.settled[record.connection] = <uint32_t> past
+                if record.iteration > ring.state.highest_iteration:
+                    ring.state.highest_iteration = record.iteration
+            if verdict == FC_PLACED or verdict == FC_INITIAL_STATE:
+                verdict = self._place(ring, record)
+                if verdict == STALLED:
+                    break
+                record.decision = verdict
+            ring.state.counters[verdict] += 1
+            at += 1
+        if at != ring.state.extracted:
+            past = at - ring.state.extracted
+            ring.state.extracted = at
+            ring.state.engine_bytes = self.engine.engine_bytes if ring == &self.rings[0] else 0
+            ring.state.engine_failed = self.engine.engine_failed if ring == &self.rings[0] else 0
+            fc_publish(ring.block, ring.block_bytes, &ring.state, sizeof(fc_extract_state))
+            FC_STORE_RELEASE(&ring.header.extracted, at)
+            return past
+        return 0
+
+    def poll(self) -> int:
+        """poll() -> records done and iterations settled in one burst of each ring; 0 if there is nothing to do now."""
+        cdef uint64_t work = 0, now
+        cdef uint32_t i
+        cdef bint all_drained = True
+        with nogil:
+            now = _now_ns()
+            for i in range(self.ring_count):
+                if FC_LOAD_ACQUIRE(&self.rings[i].header.parsed) != self.rings[i].state.extracted:
+                    self.rings[i].last_record_ns = now
+                work += self._burst(&self.rings[i])
+            work += self._settle(now)
+            for i in range(self.ring_count):
+                all_drained &= self._drained(&self.rings[i])
+            if all_drained and work == 0 and not FC_LOAD_ACQUIRE(&self.header.ended) and self._all_settled():
+                FC_STORE_RELEASE(&self.header.ended, 1)
+                work = 1
+        return work
+
+    cdef bint _all_settled(self) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.ring_count):
+            if self.rings[i].state.highest_iteration >= self.header.settled_next:
+                return False
+        return True
+
+    def states(self):
+        """states() -> per ring (counters by verdict number, engine bytes, engine failures)."""
+        cdef uint32_t i, v
+        out = []
+        for i in range(self.ring_count):
+            counters = [self.rings[i].state.counters[v] for v in range(FC_VERDICTS)]
+            out.append((counters, self.rings[i].state.engine_bytes, self.rings[i].state.engine_failed))
+        return out
+
+
+cdef uint64_t _now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t> now.tv_sec * 1000000000 + <uint64_t> now.tv_nsec
