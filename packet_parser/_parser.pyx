@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: MIT
+"""The parser's loop: judges the records of one packet ring and annotates them in place.
+
+Works on a mapped ring, tables and 16-byte addresses; what a plan is, `packet_parser.parser` knows. One thread per
+object. Nothing in the loop allocates or touches Python.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from flowcheck._formats cimport (
+    FC_BAD_ICRC, FC_CONTROL, FC_ENCODING_LL, FC_ENCODING_NONE, FC_FOREIGN, FC_INITIAL_STATE, FC_LOAD_ACQUIRE,
+    FC_MALFORMED, FC_PLACED, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_publish, fc_record, fc_recover,
+    fc_ring_header, fc_row, fc_segment)
+from flowcheck._wire cimport (
+    FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
+    fc_icrc_right, fc_wire)
+from packet_parser._sync cimport FC_CREDIT_TAG, FC_PROVED, FC_REASONS, fc_data_flow, fc_judge, fc_sync
+
+from flowcheck.errors import ConfigError, RingFormatError
+from flowcheck.verdicts import VERDICTS
+from packet_parser.reasons import REASONS, RESULTS
+
+__all__ = ["RingParser"]
+
+cdef enum:
+    BURST = 256
+    AHEAD = 4                   # records whose headers are fetched before their turn
+    MOST_QUEUE_PAIRS = 1024     # of one stream, data ones
+    BUCKETS = 4096              # of the flow table, at most half full
+    NO_CONNECTION = 0xFFFF
+    HOST = 0x1000000            # in place of a queue pair number: the key is a host of the plan
+    CREDIT_BYTES = 32           # of a credit up to NCCL 2.19; its tag, the sender's rank, is at CREDIT_TAG
+    CREDIT_TAG = 20
+
+    KIND_NONE = 0
+    KIND_DATA = 1
+    KIND_CREDIT = 2
+    KIND_HOST = 3
+
+cdef extern from *:
+    void prefetch "__builtin_prefetch" (const void *address) nogil
+
+# Published before the ring's `parsed` cursor; only the queue pairs in use are.
+cdef struct parse_state:
+    uint64_t parsed
+    uint64_t verdicts[16]
+    uint64_t results[16]        # of the decoder
+    uint64_t reasons[16]        # of unsynchronised packets
+    uint32_t queue_pairs
+    uint32_t reserved
+    fc_sync sync[MOST_QUEUE_PAIRS]
+
+cdef struct flow_entry:
+    uint8_t source[16]
+    uint8_t destination[16]
+    uint32_t queue_pair
+    uint16_t kind
+    uint16_t connection
+    uint32_t index              # KIND_DATA: of the data flow; KIND_CREDIT: of its connection's first one
+    uint32_t count              # KIND_CREDIT: data flows of the connection
+    uint32_t sender             # KIND_CREDIT: rank that the tag must name
+
+cdef inline uint32_t hash_key(const uint8_t *source, const uint8_t *destination, uint32_t queue_pair) noexcept nogil:
+    cdef uint64_t words[4]
+    cdef uint64_t mixed
+    memcpy(words, source, 16)
+    memcpy(words + 2, destination, 16)
+    mixed = words[0] ^ words[1] * 0x9E3779B97F4A7C15U ^ words[2] * 0xC2B2AE3D27D4EB4FU ^ words[3] * 0x165667B19E3779F9U
+    mixed = (mixed ^ queue_pair) * 0xFF51AFD7ED558CCDU
+    return <uint32_t> (mixed >> 40) & (BUCKETS - 1)
+
+
+cdef class RingParser:
+    """RingParser(ring, programs, hosts, mtu, direction="both", host=()): `poll()` until `finished`, then `close()`.
+
+    Args:
+        ring: a `flowcheck.ring.PacketRing`; its `parsed` cursor is moved by this object alone.
+        programs: `flowcheck.layout.Program`s of the connections that the stream can show.
+        hosts: addresses (16 bytes) between which management traffic is `control`.
+        mtu: payload bytes of a full packet.
+        direction: `inbound` takes every packet that is not for `host` as foreign, `outbound` every one that is.
+        host: addresses (16 bytes) of the mirrored host.
+
+    Raises:
+        ConfigError: programs that this parser cannot follow.
+        RingFormatError: cursors or a published state that cannot be.
+    """
+
+    cdef unsigned char[::1] memory
+    cdef object ring
+    cdef fc_ring_header *header
+    cdef uint8_t *records
+    cdef uint8_t *block
+    cdef uint64_t mask
+    cdef uint32_t record_bytes
+    cdef uint32_t state_bytes
+    cdef parse_state *state
+    cdef fc_data_flow *flows
+    cdef flow_entry *entries
+    cdef int direction          # 0: both, 1: to the host, 2: to any other
+    cdef uint8_t *host
+    cdef uint32_t host_count
+    cdef list tables
+
+    def __cinit__(self):
+        self.state = NULL
+        self.flows = NULL
+        self.entries = NULL
+        self.host = NULL
+
+    def __init__(self, ring, programs, hosts, mtu, direction="both", host=()):
+        cdef uint32_t room, index
+        self.ring = ring
+        self.memory = ring.memory
+        self.header = <fc_ring_header *> &self.memory[0]
+        self.records = &self.memory[0] + <uint64_t> ring.header_bytes
+        self.record_bytes = ring.record_bytes
+        self.mask = ring.records - 1
+        self.block = &self.memory[0] + self.header.parse_state_offset
+        self.direction = ("both", "inbound", "outbound").index(direction)
+        self.state = <parse_state *> calloc(1, sizeof(parse_state))
+        self.entries = <flow_entry *> calloc(BUCKETS, sizeof(flow_entry))
+        self.flows = <fc_data_flow *> calloc(MOST_QUEUE_PAIRS, sizeof(fc_data_flow))
+        self.host = <uint8_t *> calloc(max(1, len(host)), 16)
+        if self.state == NULL or self.entries == NULL or self.flows == NULL or self.host == NULL:
+            raise MemoryError
+        for address in host:
+            memcpy(self.host + 16 * self.host_count, <const uint8_t *> (<bytes> address), 16)
+            self.host_count += 1
+        self.tables = []
+        for program in programs:
+            self._add_program(program, mtu)
+        for address in hosts:
+            self._add_entry(address, bytes(16), HOST, KIND_HOST, NO_CONNECTION)
+        room = self.header.parse_state_bytes - 8
+        self.state_bytes = sizeof(parse_state) - (MOST_QUEUE_PAIRS - self.state.queue_pairs) * sizeof(fc_sync)
+        if self.state_bytes > room:
+            raise ConfigError(f"{ring.path}: the state of {self.state.queue_pairs} queue pairs takes {self.state_bytes} "
+                              f"bytes, the ring has room for {room}: show fewer links in one stream")
+        self._recover()
+
+    def __dealloc__(self):
+        free(self.state)
+        free(self.entries)
+        free(self.flows)
+        free(self.host)
+
+    cdef _recover(self):
+        cdef uint32_t queue_pairs = self.state.queue_pairs
+        cdef uint64_t written = FC_LOAD_ACQUIRE(&self.header.written)
+        if fc_recover(self.block, self.header.parse_state_bytes, self.state, self.state_bytes):
+            if self.state.queue_pairs != queue_pairs:
+                raise RingFormatError(f"{self.ring.path}: was parsed with {self.state.queue_pairs} queue pairs, the "
+                                      f"plan has {queue_pairs}: remove the ring and start again", str(self.ring.path))
+        if self.state.parsed > written or written - self.state.parsed > self.mask + 1:
+            raise RingFormatError(f"{self.ring.path}: {self.state.parsed} records parsed of {written} written cannot be "
+                                  "in this ring: remove it and start again", str(self.ring.path))
+        FC_STORE_RELEASE(&self.header.parsed, self.state.parsed)
+
+    def _add_program(self, program, mtu):
+        cdef uint32_t first = self.state.queue_pairs
+        cdef const unsigned char[::1] rows, segments
+        cdef const fc_row *row
+        cdef fc_data_flow *flow
+        cdef uint32_t number
+        if first + len(program.data_queue_pairs) > MOST_QUEUE_PAIRS:
+            raise ConfigError(f"more than {MOST_QUEUE_PAIRS} data queue pairs in one stream: show fewer links in it")
+        for index, queue_pair in enumerate(program.data_queue_pairs):
+            packed_segments, packed_rows = program.segments[index].tobytes(), program.rows[index].tobytes()
+            self.tables.append((packed_segments, packed_rows))  # the flow points into them
+            self._add_entry(program.source, program.destination, queue_pair, KIND_DATA, program.connection,
+                            self.state.queue_pairs)
+            flow = self.flows + self.state.queue_pairs
+            self.state.queue_pairs += 1
+            flow.connection = program.connection
+            flow.mtu = mtu
+            flow.slot_stride = program.slot_stride
+            flow.slots = program.slots
+            if not packed_rows:
+                continue  # a connection that the job never uses: nothing on it can be proved
+            segments, rows = packed_segments, packed_rows
+            flow.table.segments = <const fc_segment *> &segments[0]
+            flow.table.segment_count = segments.shape[0] // sizeof(fc_segment)
+            flow.table.rows = <const fc_row *> &rows[0]
+            for number in range(rows.shape[0] // sizeof(fc_row)):
+                row = flow.table.rows + number
+                if row.encoding != FC_ENCODING_LL:
+                    raise ConfigError(f"connection {program.connection}: its layout has messages of encoding "
+                                      f"{row.encoding}, whose place this parser cannot prove: expected LL")
+        for queue_pair in program.credit_queue_pairs:
+            self._add_entry(program.destination, program.source, queue_pair, KIND_CREDIT, program.connection, first,
+                            len(program.data_queue_pairs), program.sender_rank)
+
+    def _add_entry(self, bytes source, bytes destination, uint32_t queue_pair, uint16_t kind, uint16_t connection,
+                   uint32_t index=0, uint32_t count=0, uint32_t sender=0):
+        cdef uint32_t place = hash_key(source, destination, queue_pair)
+        cdef uint32_t tried = 0
+        cdef flow_entry *entry
+        if len(source) != 16 or len(destination) != 16:
+            raise ConfigError("an address is not 16 bytes long")
+        while self.entries[place].kind != KIND_NONE:
+            place = (place + 1) & (BUCKETS - 1)
+            tried += 1
+            if tried == BUCKETS // 2:
+                raise ConfigError(f"more than {BUCKETS // 2} flows in one stream: show fewer links in it")
+        entry = self.entries + place
+        memcpy(entry.source, <const uint8_t *> source, 16)
+        memcpy(entry.destination, <const uint8_t *> destination, 16)
+        entry.queue_pair, entry.kind, entry.connection = queue_pair, kind, connection
+        entry.index, entry.count, entry.sender = index, count, sender
+
+    cdef inline flow_entry *_find(self, const uint8_t *source, const uint8_t *destination,
+                                  uint32_t queue_pair) noexcept nogil:
+        cdef uint32_t place = hash_key(source, destination, queue_pair)
+        cdef flow_entry *entry = self.entries + place
+        while entry.kind != KIND_NONE:
+            if (entry.queue_pair == queue_pair and memcmp(entry.source, source, 16) == 0
+                    and memcmp(entry.destination, destination, 16) == 0):
+                return entry
+            place = (place + 1) & (BUCKETS - 1)
+            entry = self.entries + place
+        return NULL
+
+    cdef inline bint _wrong_direction(self, const fc_wire *wire) noexcept nogil:
+        cdef uint32_t index
+        if self.direction == 0:
+            return False
+        for index in range(self.host_count):
+            if memcmp(wire.destination, self.host + 16 * index, 16) == 0:
+                return self.direction == 2
+        return self.direction == 1
+
+    cdef inline bint _between_hosts(self, const fc_wire *wire) noexcept nogil:
+        cdef uint8_t none[16]
+        memset(none, 0, 16)
+        return self._find(wire.source, none, HOST) != NULL and self._find(wire.destination, none, HOST) != NULL
+
+    cdef int _take_credit(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload) noexcept nogil:
+        """Hold a credit's tag against the edge; a contradiction ends the trust in the whole connection."""
+        cdef uint32_t tag, index
+        if wire.opcode == FC_OP_WRITE_ONLY and wire.payload_length == CREDIT_BYTES:
+            memcpy(&tag, payload + CREDIT_TAG, 4)
+            if tag != entry.sender:
+                for index in range(entry.index, entry.index + entry.count):
+                    self.state.sync[index].refused = True
+        return FC_CONTROL
+
+    cdef int _place(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload,
+                    fc_record *record) noexcept nogil:
+        """Judge a request packet of a data queue pair and annotate its place."""
+        cdef fc_data_flow *flow = self.flows + entry.index
+        cdef int reason = fc_judge(flow, self.state.sync + entry.index, wire, payload)
+        cdef const fc_row *row
+        if reason != FC_PROVED:
+            self.state.reasons[reason] += 1
+            return FC_UNSYNCHRONISED
+        row = flow.place.row
+        record.encoding = row.encoding if wire.payload_length else FC_ENCODING_NONE
+        record.iteration = <uint32_t> (flow.place.segment.first_iteration
+                                       + flow.place.passes * flow.place.segment.period_iterations + row.iteration)
+        record.message_bytes = row.message_bytes
+        record.destination = row.destination
+        record.flag = <uint32_t> (flow.place.step + 1)
+        record.wire_offset = row.message_wire_offset
+        if wire.payload_length:
+            record.wire_offset += flow.place.packet * flow.mtu
+        record.settled_lag = row.settled_lag
+        if wire.payload_length == 0 and (row.verdict == FC_PLACED or row.verdict == FC_INITIAL_STATE):
+            return FC_CONTROL  # a message, or the end of one, without a byte of its own
+        return row.verdict
+
+    cdef int _judge(self, const uint8_t *frame, uint32_t length, fc_record *record) noexcept nogil:
+        """Return the verdict on one frame, and annotate all else in its record."""
+        cdef fc_wire wire
+        cdef flow_entry *entry
+        cdef int result = fc_decode(frame, length, &wire)
+        self.state.results[result] += 1
+        if result == FC_WIRE_NOT_ROCE:
+            return FC_FOREIGN
+        if result != FC_WIRE_OK:
+            return FC_MALFORMED
+        if self._wrong_direction(&wire):
+            return FC_FOREIGN
+        entry = self._find(wire.source, wire.destination, wire.dest_qp)
+        if wire.has == 0 and wire.opcode != FC_OP_CNP and entry == NULL:
+            # A vendor's own opcode, which need not end in an ICRC, and nobody's queue pair.
+            return FC_CONTROL if self._between_hosts(&wire) else FC_FOREIGN
+        if not fc_icrc_right(frame, &wire):
+            return FC_BAD_ICRC
+        if entry == NULL:
+            return FC_CONTROL if not wire.has & FC_IS_RC and self._between_hosts(&wire) else FC_FOREIGN
+        record.connection = entry.connection
+        record.payload_offset = wire.payload_offset
+        record.payload_length = wire.payload_length
+        if entry.kind == KIND_CREDIT:
+            return self._take_credit(entry, &wire, frame + wire.payload_offset)
+        if wire.has & FC_IS_RC and wire.has & FC_IS_REQUEST:
+            return self._place(entry, &wire, frame + wire.payload_offset, record)
+        return FC_CONTROL
+
+    cdef uint32_t _burst(self, uint64_t written) noexcept nogil:
+        cdef uint64_t begin = self.state.parsed
+        cdef uint64_t end = written if written - begin < BURST else begin + BURST
+        cdef uint64_t index
+        cdef uint8_t *ahead
+        cdef uint32_t length
+        cdef fc_record *record
+        cdef int verdict
+        for index in range(begin, end):
+            ahead = self.records + ((index + AHEAD) & self.mask) * self.record_bytes
+            prefetch(ahead)
+            prefetch(ahead + 64)
+            prefetch(ahead + 128)
+            record = <fc_record *> (self.records + (index & self.mask) * self.record_bytes)
+            length = record.stored_length
+            if length > self.record_bytes - sizeof(fc_record):
+                length = self.record_bytes - sizeof(fc_record)
+            record.encoding = FC_ENCODING_NONE
+            record.connection = NO_CONNECTION
+            record.payload_offset = 0
+            record.payload_length = 0
+            record.iteration = 0
+            record.message_bytes = 0
+            record.destination = 0
+            record.flag = 0
+            record.wire_offset = 0
+            record.settled_lag = 0
+            record.decision = 0
+            verdict = self._judge(<const uint8_t *> record + sizeof(fc_record), length, record)
+            record.verdict = verdict
+            self.state.verdicts[verdict] += 1
+        self.state.parsed = end
+        fc_publish(self.block, self.header.parse_state_bytes, self.state, self.state_bytes)
+        FC_STORE_RELEASE(&self.header.parsed, end)
+        return <uint32_t> (end - begin)
+
+    def poll(self):
+        """poll() -> int: annotate a burst of records; 0 when there is nothing to do now."""
+        cdef uint64_t written
+        cdef uint32_t done
+        if self.header == NULL:
+            return 0
+        written = FC_LOAD_ACQUIRE(&self.header.written)
+        if written == self.state.parsed:
+            return 0
+        if written < self.state.parsed or written - self.state.parsed > self.mask + 1:
+            raise RingFormatError(f"{self.ring.path}: its written cursor is {written} after {self.state.parsed} parsed: "
+                                  "another process writes the ring", str(self.ring.path))
+        with nogil:
+            done = self._burst(written)
+        return done
+
+    @property
+    def finished(self):
+        """Whether the dump has ended and every record is annotated."""
+        if self.header == NULL:
+            return True
+        return bool(FC_LOAD_ACQUIRE(&self.header.ended)) and FC_LOAD_ACQUIRE(&self.header.written) == self.state.parsed
+
+    def counters(self):
+        """counters() -> dict: what was parsed since the ring was made, restarts included.
+
+        `verdicts` are the parser's (the extractor may turn `placed` into `duplicate`, `conflict` or `late`), `malformed` and
+        `unsynchronised` count by the names of `packet_parser.reasons`, `refused` lists connections that a credit contradicted.
+        """
+        refused = {self.flows[i].connection for i in range(self.state.queue_pairs) if self.state.sync[i].refused}
+        return {
+            "parsed": self.state.parsed,
+            "verdicts": {VERDICTS[i]: self.state.verdicts[i] for i in range(1, FC_VERDICTS)},
+            "malformed": {RESULTS[i]: self.state.results[i] for i in range(FC_WIRE_NOT_ROCE + 1, FC_WIRE_RESULTS)},
+            "unsynchronised": {REASONS[i]: self.state.reasons[i] for i in range(FC_REASONS)},
+            "refused": sorted(refused),
+        }
+
+    def close(self):
+        """close(): give the mapping up; the counters stay readable."""
+        self.header = NULL
+        self.memory = None
