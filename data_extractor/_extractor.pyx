@@ -407,7 +407,7 @@ cdef class ExtractLoop:
         cdef uint64_t end = parsed if parsed - at < BURST else at + BURST
         cdef fc_record *record
         cdef uint8_t verdict
-        cdef uint64_t past
+        cdef uint64_t past, bytes_before = self.engine.engine_bytes, failed_before = self.engine.engine_failed
         while at < end:
             record = <fc_record *> (ring.records + (at & ring.mask) * ring.record_bytes)
             rte_prefetch0(ring.records + ((at + 2) & ring.mask) * ring.record_bytes)
@@ -429,8 +429,8 @@ cdef class ExtractLoop:
         if at != ring.state.extracted:
             past = at - ring.state.extracted
             ring.state.extracted = at
-            ring.state.engine_bytes = self.engine.engine_bytes if ring == &self.rings[0] else 0
-            ring.state.engine_failed = self.engine.engine_failed if ring == &self.rings[0] else 0
+            ring.state.engine_bytes += self.engine.engine_bytes - bytes_before
+            ring.state.engine_failed += self.engine.engine_failed - failed_before
             fc_publish(ring.block, ring.block_bytes, &ring.state, sizeof(fc_extract_state))
             FC_STORE_RELEASE(&ring.header.extracted, at)
             return past

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""The dump's loop: bursts of frames from a DPDK port into the packet ring."""
+
+from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+
+from flowcheck._copy cimport CopyEngine
+from flowcheck._formats cimport (
+    FC_LOAD_ACQUIRE, FC_STORE_RELEASE, fc_dump_state, fc_publish, fc_record, fc_recover, fc_ring_header,
+)
+
+from flowcheck import _eal
+from flowcheck.errors import DeviceError
+
+cdef extern from "rte_mbuf.h" nogil:
+    cdef struct rte_mempool:
+        pass
+    cdef struct rte_mbuf:
+        rte_mbuf *next
+        uint64_t ol_flags
+        uint32_t pkt_len
+        uint16_t data_len
+    void rte_pktmbuf_free_bulk(rte_mbuf **mbufs, unsigned int count)
+    rte_mempool *rte_pktmbuf_pool_create(const char *name, unsigned int count, unsigned int cache, uint16_t private_bytes,
+                                         uint16_t room, int socket)
+    enum: RTE_PKTMBUF_HEADROOM
+
+cdef extern from "rte_mempool.h" nogil:
+    void rte_mempool_free(rte_mempool *pool)
+    unsigned int rte_mempool_in_use_count(const rte_mempool *pool)
+
+cdef extern from "rte_mbuf_dyn.h" nogil:
+    int rte_mbuf_dynfield_lookup(const char *name, void *parameters)
+    int rte_mbuf_dynflag_lookup(const char *name, void *parameters)
+
+cdef extern from "rte_errno.h" nogil:
+    int rte_errno
+
+cdef extern from "rte_memory.h" nogil:
+    enum: SOCKET_ID_ANY
+
+cdef extern from "rte_ethdev.h" nogil:
+    cdef struct rte_eth_conf:
+        pass
+    cdef struct rte_eth_stats:
+        uint64_t imissed
+        uint64_t rx_nombuf
+    int rte_eth_dev_get_port_by_name(const char *name, uint16_t *port)
+    int rte_eth_dev_configure(uint16_t port, uint16_t rx, uint16_t tx, const rte_eth_conf *conf)
+    int rte_eth_rx_queue_setup(uint16_t port, uint16_t queue, uint16_t descriptors, int socket, const void *conf, rte_mempool *pool)
+    int rte_eth_dev_start(uint16_t port)
+    int rte_eth_dev_stop(uint16_t port)
+    int rte_eth_dev_close(uint16_t port)
+    int rte_eth_promiscuous_enable(uint16_t port)
+    int rte_eth_stats_get(uint16_t port, rte_eth_stats *stats)
+    uint16_t rte_eth_rx_burst(uint16_t port, uint16_t queue, rte_mbuf **mbufs, uint16_t count)
+
+cdef extern from * nogil:
+    """
+    #define FC_MBUF_DATA(m) rte_pktmbuf_mtod((m), uint8_t *)
+    #define FC_MBUF_TIME(m, o) (*RTE_MBUF_DYNFIELD((m), (o), uint64_t *))
+    """
+    uint8_t *FC_MBUF_DATA(rte_mbuf *mbuf)
+    uint64_t FC_MBUF_TIME(rte_mbuf *mbuf, int offset)
+
+cdef enum:
+    BURST = 64
+    MBUFS = 1024
+    # Room of a buffer: jumbo frames in one piece; longer ones (segmentation offload, captured) come as chains.
+    MBUF_ROOM = 9600
+    RX_DESCRIPTORS = 512
+
+_pools = 0
+
+
+cdef class DumpLoop:
+    """DumpLoop(memory, devargs, live, frames, engine): `poll` until `finished`, then `close`. One thread.
+
+    memory: the mapped ring. devargs: device arguments of the port, its name first. live: a port (a full ring drops and
+    counts) or a file (a full ring waits). frames: how many a file holds.
+    """
+
+    cdef object _memory
+    cdef fc_ring_header *header
+    cdef uint8_t *records
+    cdef uint8_t *block
+    cdef uint64_t room
+    cdef fc_dump_state state
+    cdef CopyEngine engine
+    cdef rte_mempool *pool
+    cdef uint16_t port
+    cdef bint open_port
+    cdef str name
+    cdef bint live
+    cdef uint64_t frames
+    cdef uint64_t taken         # frames received from the port in this life
+    cdef uint64_t skip          # of them, those that an earlier life has in the ring
+    cdef uint64_t missed_before
+    cdef int time_offset
+    cdef uint64_t time_flag
+    cdef readonly uint64_t empty_polls
+
+    def __cinit__(self, unsigned char[::1] memory, str devargs, bint live, uint64_t frames, CopyEngine engine not None):
+        global _pools
+        cdef rte_eth_conf conf
+        cdef int status
+        self.pool = NULL
+        self.open_port = False
+        self._memory = memory
+        self.header = <fc_ring_header *> &memory[0]
+        self.records = &memory[self.header.header_bytes]
+        self.block = &memory[self.header.dump_state_offset]
+        self.room = self.header.record_bytes - sizeof(fc_record)
+        self.engine, self.live, self.frames = engine, live, frames
+        self.taken = self.empty_polls = 0
+        memset(&self.state, 0, sizeof(self.state))
+        fc_recover(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
+        FC_STORE_RELEASE(&self.header.written, self.state.written)
+        self.header.live = live
+        self.skip = 0 if live else self.state.written
+        self.missed_before = self.state.missed_by_port
+        self.name = devargs.split(",")[0]
+        if not live and frames == 0:
+            return  # nothing to open: net_pcap refuses a file without frames
+        _pools += 1
+        pool = f"flowcheck{_pools}".encode()
+        self.pool = rte_pktmbuf_pool_create(pool, MBUFS, 0, 0, MBUF_ROOM + RTE_PKTMBUF_HEADROOM, SOCKET_ID_ANY)
+        if self.pool == NULL:
+            raise DeviceError(f"no memory for {MBUFS} packet buffers of {MBUF_ROOM} bytes: give DPDK more (-m)", rte_errno)
+        _eal.probe(devargs)
+        status = rte_eth_dev_get_port_by_name(self.name.encode(), &self.port)
+        if status < 0:
+            raise DeviceError(f"{devargs!r} is no DPDK port", -status)
+        self.open_port = True
+        memset(&conf, 0, sizeof(conf))
+        for what, status in (
+            ("configure", rte_eth_dev_configure(self.port, 1, 0, &conf)),
+            ("set up its queue", rte_eth_rx_queue_setup(self.port, 0, RX_DESCRIPTORS, SOCKET_ID_ANY, NULL, self.pool)),
+            ("start", rte_eth_dev_start(self.port)),
+        ):
+            if status < 0:
+                raise DeviceError(f"port {self.name!r} does not {what}: error {-status}", -status)
+        if live:
+            rte_eth_promiscuous_enable(self.port)  # mirrored frames are addressed to others
+        self.time_offset = rte_mbuf_dynfield_lookup(b"rte_dynfield_timestamp", NULL)
+        status = rte_mbuf_dynflag_lookup(b"rte_dynflag_rx_timestamp", NULL)
+        self.time_flag = <uint64_t> 1 << status if status >= 0 and self.time_offset >= 0 and not live else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the file has been read to its end; a port never is."""
+        return bool(FC_LOAD_ACQUIRE(&self.header.ended))
+
+    @property
+    def state_values(self) -> dict:
+        """The published state."""
+        return dict(self.state)
+
+    @property
+    def frames_taken(self) -> int:
+        """Frames received from the port since this loop began."""
+        return self.taken
+
+    def poll(self) -> int:
+        """poll() -> frames moved in one burst; 0 if there is nothing to do now."""
+        cdef uint64_t moved
+        with nogil:
+            moved = self._burst()
+        return moved
+
+    def stop(self) -> None:
+        """stop(): say that no frame follows; for a port, whose end only its owner knows."""
+        FC_STORE_RELEASE(&self.header.ended, 1)
+
+    cdef uint64_t _burst(self) noexcept nogil:
+        cdef rte_mbuf *mbufs[BURST]
+        cdef uint64_t free_records = self.header.records - (self.state.written - FC_LOAD_ACQUIRE(&self.header.extracted))
+        cdef uint64_t want = BURST, now, bytes_before, failed_before
+        cdef uint16_t got, i
+        cdef uint64_t stored = 0
+        cdef rte_eth_stats stats
+        cdef timespec clock
+        if not self.live:
+            if self.header.ended:
+                return 0
+            if self.taken == self.frames:
+                FC_STORE_RELEASE(&self.header.ended, 1)
+                return 1
+            if self.skip == 0 and want > free_records:
+                want = free_records
+            elif self.skip and want > self.skip:
+                want = self.skip
+            if want > self.frames - self.taken:
+                want = self.frames - self.taken
+            if want == 0:
+                return 0
+        got = rte_eth_rx_burst(self.port, 0, mbufs, <uint16_t> want)
+        if got == 0:
+            self.empty_polls += 1
+            return 0
+        self.empty_polls = 0
+        self.taken += got
+        if self.skip:
+            self.skip -= got
+            rte_pktmbuf_free_bulk(mbufs, got)
+            return got
+        clock_gettime(CLOCK_REALTIME, &clock)
+        now = <uint64_t> clock.tv_sec * 1000000000 + <uint64_t> clock.tv_nsec
+        bytes_before, failed_before = self.engine.engine_bytes, self.engine.engine_failed
+        for i in range(got):
+            if stored == free_records:
+                self.state.dropped_ring_full += 1
+                continue
+            self._store(mbufs[i], self.state.written + stored, now)
+            stored += 1
+        self.engine.drain()
+        self.state.engine_bytes += self.engine.engine_bytes - bytes_before
+        self.state.engine_failed += self.engine.engine_failed - failed_before
+        rte_pktmbuf_free_bulk(mbufs, got)
+        if self.live and rte_eth_stats_get(self.port, &stats) == 0:
+            self.state.missed_by_port = self.missed_before + stats.imissed + stats.rx_nombuf
+        self.state.written += stored
+        fc_publish(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
+        FC_STORE_RELEASE(&self.header.written, self.state.written)
+        return got
+
+    cdef void _store(self, rte_mbuf *mbuf, uint64_t sequence, uint64_t now) noexcept nogil:
+        """Write a record's header and begin the copy of its frame."""
+        cdef fc_record *record = <fc_record *> (self.records + (sequence & (self.header.records - 1)) * self.header.record_bytes)
+        cdef uint8_t *target = <uint8_t *> record + sizeof(fc_record)
+        cdef uint64_t left
+        cdef uint32_t length
+        memset(record, 0, sizeof(fc_record))
+        record.frame_length = mbuf.pkt_len
+        record.stored_length = mbuf.pkt_len if mbuf.pkt_len < self.room else <uint32_t> self.room
+        record.sequence = sequence
+        # net_pcap gives microseconds (drivers/net/pcap/pcap_ethdev.c); other ports have clocks of their own.
+        record.timestamp_ns = FC_MBUF_TIME(mbuf, self.time_offset) * 1000 if mbuf.ol_flags & self.time_flag else now
+        left = record.stored_length
+        while mbuf != NULL and left:
+            length = mbuf.data_len if mbuf.data_len < left else <uint32_t> left
+            self.engine.submit(target, FC_MBUF_DATA(mbuf), length)
+            target += length
+            left -= length
+            mbuf = mbuf.next
+
+    def close(self) -> None:
+        """close(): stop the port and give its buffers back."""
+        if self.open_port:
+            self.open_port = False
+            rte_eth_dev_stop(self.port)
+            rte_eth_dev_close(self.port)
+            _eal.unplug(self.name)
+        if self.pool != NULL:
+            rte_mempool_free(self.pool)
+            self.pool = NULL

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""The dump stage: frames from a capture file or a DPDK port into a packet ring.
+
+A stage is polled: `poll` does one burst and returns how much it did, `finished` says when nothing is left, `close` gives
+everything back. Killed at any instruction and made anew over the same ring, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from flowcheck._copy import CopyEngine
+from flowcheck.errors import CaptureError, DeviceError
+from flowcheck.ring import PacketRing
+from packet_dump._dump import DumpLoop
+from packet_dump.capture import validate
+
+__all__ = ["FileDump", "PortDump"]
+
+#: A capture file gives a frame at every poll until its end; so many empty polls mean that something is wrong.
+EMPTY_POLLS = 10_000
+_numbers = itertools.count()
+
+
+class _Dump:
+    """What file and port have in common."""
+
+    def __init__(self, ring: PacketRing, devargs: str, *, live: bool, frames: int, engine: CopyEngine | None) -> None:
+        self._engine = engine or CopyEngine()
+        self._engine.register(ring.memory)
+        self._loop = DumpLoop(ring.memory, devargs, live, frames, self._engine)
+        self._owns_engine = engine is None
+
+    def poll(self) -> int:
+        """Move one burst; return how many frames came."""
+        return self._loop.poll()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no frame follows."""
+        return self._loop.finished
+
+    def counters(self) -> dict[str, int]:
+        """Return frames `received`, `written`, `dropped_ring_full`, `missed_by_port`, and what a DMA engine copied."""
+        state = self._loop.state_values
+        return {"received": state["written"] + state["dropped_ring_full"], **state}
+
+    def close(self) -> None:
+        """Stop the port and give its buffers back."""
+        self._loop.close()
+        if self._owns_engine:
+            self._engine.close()
+
+
+class FileDump(_Dump):
+    """Dumps a capture file through DPDK's pcap driver; a full ring makes it wait.
+
+    Args:
+        eal: DPDK, started.
+        path: a pcap or pcapng file of Ethernet frames; read to its end once before, CaptureError if it cannot be.
+        ring: where the frames go; one that an earlier dump of the same file began is gone on with.
+        engine: copies the frames; the CPU if none is given.
+    """
+
+    def __init__(self, eal: object, path: str | Path, ring: PacketRing, engine: CopyEngine | None = None) -> None:
+        self._path = Path(path)
+        frames = validate(path).frames
+        if frames < ring.written:
+            raise CaptureError(f"{path}: {frames} frames, but the ring has {ring.written} of an earlier dump", str(path))
+        # Device arguments know neither quoting nor escapes: the driver gets a name without commas.
+        self._folder = Path(tempfile.mkdtemp(prefix="flowcheck-dump-"))
+        link = self._folder / "capture"
+        link.symlink_to(self._path.resolve())
+        try:
+            super().__init__(
+                ring, f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}", live=False, frames=frames, engine=engine
+            )
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+
+    def poll(self) -> int:
+        """Move one burst; return how many frames came."""
+        moved = self._loop.poll()
+        if not moved and self._loop.empty_polls > EMPTY_POLLS:
+            taken = self._loop.frames_taken
+            raise CaptureError(f"{self._path}: the driver gives no frame after {taken}; was the file changed?", str(self._path))
+        return moved
+
+    def close(self) -> None:
+        """Stop the port and give its buffers back."""
+        super().close()
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+
+class PortDump(_Dump):
+    """Dumps a DPDK port until `stop`; what a full ring cannot take is counted `dropped_ring_full`.
+
+    Args:
+        eal: DPDK, started.
+        devargs: the port's device arguments, e.g. "net_af_packet0,iface=mon0" or a PCI address.
+        ring: where the frames go.
+        engine: copies the frames; the CPU if none is given.
+    """
+
+    def __init__(self, eal: object, devargs: str, ring: PacketRing, engine: CopyEngine | None = None) -> None:
+        if not devargs:
+            raise DeviceError("no port is named")
+        super().__init__(ring, devargs, live=True, frames=0, engine=engine)
+
+    def stop(self) -> None:
+        """Say that no frame follows: the stages behind end when they have drained the ring."""
+        self._loop.stop()
