@@ -20,19 +20,9 @@ from flowcheck.layout import compile_programs
 from flowcheck.ring import PacketRing
 from flowcheck.waiting import AdaptiveWait
 
-__all__ = ["FRAME_HEADROOM", "replay"]
-
-#: Bytes of headers around an MTU of payload: Ethernet with four tags, IPv6 with some extension headers, UDP, BTH,
-#: RETH, immediate, pad and ICRC.
-FRAME_HEADROOM = 192
-RING_BYTES = 16 << 20
+__all__ = ["replay"]
 
 Progress = Callable[[int, int], None]
-
-
-def ring_records(frame_bytes: int) -> int:
-    """Return how many records make a ring of about 16 MiB: a power of two, at least 256."""
-    return max(256, 1 << ((RING_BYTES // frame_bytes).bit_length() - 1))
 
 
 def _check_streams(plan: plans.Plan, captures: dict[str, Path]) -> None:
@@ -82,6 +72,7 @@ def replay(
     _check_streams(plan, paths)
 
     from data_extractor.extractor import Extractor
+    from flowcheck._copy import CopyEngine
     from flowcheck.eal import Eal
     from flowcheck.slots import SlotFile
     from packet_dump.capture import validate
@@ -99,39 +90,21 @@ def replay(
             )
         total += found.frames
 
-    dma = list(dma)
     with contextlib.ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(prefix="flowcheck-replay-"))
         stack.callback(shutil.rmtree, scratch, True)
         eal = Eal.start()
-        frame_bytes = plan.shard.layout.mtu + FRAME_HEADROOM
-        identity = plan.identity()
+        engine = stack.enter_context(contextlib.closing(CopyEngine(dma)))
         rings, dumps, parsers = [], [], []
         for stream in plan.shard.streams:
-            ring = stack.enter_context(
-                PacketRing.create(
-                    scratch / f"{stream.name}.ring",
-                    frame_bytes=frame_bytes,
-                    records=ring_records(frame_bytes),
-                    identity=identity,
-                    stream=stream.name,
-                )
-            )
+            ring = stack.enter_context(PacketRing.for_stream(scratch / f"{stream.name}.ring", plan, stream.name))
             rings.append(ring)
-            dumps.append(stack.enter_context(contextlib.closing(FileDump(eal, paths[stream.name], ring, dma=dma))))
+            dumps.append(stack.enter_context(contextlib.closing(FileDump(eal, paths[stream.name], ring, engine))))
             parsers.append(stack.enter_context(contextlib.closing(Parser(ring, plan, stream.name))))
-        slots = stack.enter_context(
-            SlotFile.create(
-                scratch / "slots",
-                slots=plan.slots,
-                gradient_bytes=plan.slot_bytes,
-                initial_bytes=plan.initial_bytes,
-                identity=identity,
-            )
-        )
-        extractor = stack.enter_context(contextlib.closing(Extractor(rings, plan, slots, dma=dma)))
+        slots = stack.enter_context(SlotFile.for_plan(scratch / "slots", plan))
+        extractor = stack.enter_context(contextlib.closing(Extractor(rings, plan, slots, engine)))
         updater = stack.enter_context(
-            contextlib.closing(Updater(plan, slots, Path(out), keep_gradients=keep_gradients, dma=dma))
+            contextlib.closing(Updater(plan, slots, Path(out), plan_folder=Path(plan_path).parent))
         )
         _run([*dumps, *parsers, extractor, updater], lambda: sum(ring.written for ring in rings), total, progress)
         packets = extractor.counters()

@@ -17,10 +17,15 @@ import numpy as np
 from flowcheck import _atomics
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, RECORD, RING_HEADER, RING_MAGIC, VERSION
+from flowcheck.plan import Plan
 
 __all__ = ["PacketRing"]
 
 PAGE = 4096
+#: Bytes of headers around an MTU of payload: Ethernet with four tags, IPv6 with some extension headers, UDP, BTH,
+#: RETH, immediate, pad and ICRC.
+FRAME_HEADROOM = 192
+RING_BYTES = 16 << 20
 PARSE_STATE_BYTES = 65536
 
 
@@ -122,6 +127,23 @@ class PacketRing:
             found = header["identity"]["run_id"].decode(errors="replace")
             raise ConfigError(f"{path}: the ring of another job or plan (run {found!r}); remove it or name another file")
         return cls(path, memory)
+
+    @classmethod
+    def for_stream(cls, path: str | Path, plan: Plan, stream: str, records: int | None = None) -> PacketRing:
+        """Open the ring of a plan's stream, or make it: with records for the plan's MTU, about 16 MiB of them.
+
+        RingFormatError or ConfigError if the file is something else, or the ring of another job or stream.
+        """
+        path, identity = Path(path), plan.identity()
+        frame_bytes = plan.shard.layout.mtu + FRAME_HEADROOM
+        if records is None:
+            records = max(256, 1 << ((RING_BYTES // frame_bytes).bit_length() - 1))
+        if not path.exists():
+            return cls.create(path, frame_bytes=frame_bytes, records=records, identity=identity, stream=stream)
+        ring = cls.open(path, identity)
+        if ring.stream != stream:
+            raise ConfigError(f"{path}: the ring of stream {ring.stream!r}, expected that of {stream!r}")
+        return ring
 
     def _cursor(self, name: str) -> int:
         return _atomics.load(self.memory, RING_HEADER.fields[name][1])

@@ -18,6 +18,7 @@ import numpy as np
 from flowcheck import _atomics
 from flowcheck.errors import ConfigError, SlotFormatError
 from flowcheck.formats import SLOT, SLOTS_HEADER, SLOTS_MAGIC, VERSION
+from flowcheck.plan import Plan
 
 __all__ = ["EMPTY", "FILLING", "INCOMPLETE", "REASONS", "UNIT_BYTES", "WHOLE", "SlotFile"]
 
@@ -114,6 +115,15 @@ class SlotFile:
             raise ConfigError(f"{path}: slots of another job or plan (run {found!r}); remove it or name another file")
         return cls(path, memory)
 
+    @classmethod
+    def for_plan(cls, path: str | Path, plan: Plan) -> SlotFile:
+        """Open a plan's slot file, or make it; SlotFormatError or ConfigError if the file is something else."""
+        path, identity = Path(path), plan.identity()
+        if path.exists():
+            return cls.open(path, identity)
+        rooms = {"gradient_bytes": plan.slot_bytes, "initial_bytes": plan.initial_bytes}
+        return cls.create(path, slots=plan.slots, identity=identity, **rooms)
+
     @staticmethod
     def _problem(memory: mmap.mmap, header: np.void, size: int) -> str | None:
         if header["magic"].tobytes() != SLOTS_MAGIC:
@@ -145,20 +155,20 @@ class SlotFile:
             return self._first
         return self._gradients + (iteration - 1) % self.slots * self._slot_bytes
 
-    def slot(self, iteration: int) -> np.ndarray:
-        """Return the header of an iteration's slot, one element of dtype SLOT, as a view."""
-        return np.frombuffer(self.memory, SLOT, 1, self.offset(iteration))
+    def slot(self, iteration: int) -> np.void:
+        """Return the header of an iteration's slot, a record of dtype SLOT, as a view."""
+        return np.frombuffer(self.memory, SLOT, 1, self.offset(iteration))[0]
 
     def gradient(self, iteration: int) -> np.ndarray:
         """Return the data of an iteration's slot, uint8, as a view: buckets at their slot offsets."""
-        slot = self.slot(iteration)[0]
+        slot = self.slot(iteration)
         return np.frombuffer(
             self.memory, np.uint8, int(slot["data_bytes"]), self.offset(iteration) + int(slot["data_offset"])
         )
 
     def missing(self, iteration: int) -> list[tuple[int, int]]:
         """Return the byte ranges of an iteration's slot that are not done; units are counted whole."""
-        slot = self.slot(iteration)[0]
+        slot = self.slot(iteration)
         units = int(slot["units"])
         bitmap = np.frombuffer(
             self.memory, np.uint8, -(-units // 8), self.offset(iteration) + int(slot["done_offset"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from flowcheck.options import Command, command_settings, debug_option, json_option, print_json, version_option
+from flowcheck.stage import busy_option, run, wait_for, wait_option
 
 __all__ = ["main"]
 
@@ -17,28 +18,30 @@ __all__ = ["main"]
 @click.option("--stream", required=True, metavar="NAME", help="The plan's name of the stream.")
 @click.option("--ring", "ring_path", required=True, type=click.Path(path_type=Path), help="The stream's packet ring.")
 @click.option("--direction", type=click.Choice(["inbound", "outbound"]), help="Only packets to (from) the mirrored host; default: as the plan says.")
+@wait_option
+@busy_option
 @json_option
 @version_option
 @debug_option
-def main(plan: Path, stream: str, ring_path: Path, direction: str | None, as_json: bool) -> None:
+def main(plan: Path, stream: str, ring_path: Path, direction: str | None, patience_s: float, busy: bool, as_json: bool) -> None:
     """Annotate the packets of a stream's ring until its dump has ended.
 
     \b
     Example:
       flowcheck-parse plan.json --stream link-0 --ring /dev/shm/link-0.ring
     """
+    from contextlib import closing
+
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
-    from flowcheck.waiting import AdaptiveWait
     from packet_parser.parser import Parser
 
-    job, wait = load(plan), AdaptiveWait()
-    with PacketRing.open(ring_path, job.identity()) as ring:
-        parser = Parser(ring, job, stream, direction)
-        while not parser.finished:
-            wait.busy() if parser.poll() else wait.idle()
-        report = {"stream": stream, **parser.counters()}
-        parser.close()
+    job = load(plan)
+    identity = job.identity()
+    with wait_for(ring_path, lambda: PacketRing.open(ring_path, identity), patience_s) as ring:
+        with closing(Parser(ring, job, stream, direction)) as parser:
+            run(parser, busy=busy)
+            report = {"stream": stream, **parser.counters()}
     if as_json:
         print_json(report)
         return

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""`flowcheck-dump`: the dump as a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flowcheck.options import Command, command_settings, debug_option, json_option, print_json, version_option
+from flowcheck.stage import busy_option, run
+
+__all__ = ["main"]
+
+
+@click.command(cls=Command, context_settings=command_settings)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--stream", required=True, metavar="NAME", help="The plan's name of the stream.")
+@click.option("--capture", type=click.Path(path_type=Path), help="Dump this pcap or pcapng file.")
+@click.option("--port", metavar="DEVARGS", help="Dump this DPDK port, e.g. net_af_packet0,iface=mon0.")
+@click.option("--ring", "ring_path", required=True, type=click.Path(path_type=Path), help="The packet ring; gone on with if it exists.")
+@click.option("--records", type=click.IntRange(min=2), help="Records of a new ring, a power of two; default: about 16 MiB.")
+@click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy with this DMA engine; several share the work.")
+@click.option("--eal", default="", metavar="ARGUMENTS", help="Further arguments for DPDK's EAL.")
+@busy_option
+@json_option
+@version_option
+@debug_option
+def main(
+    plan: Path, stream: str, capture: Path | None, port: str | None, ring_path: Path, records: int | None,
+    dma: tuple[str, ...], eal: str, busy: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Put the frames of a capture file or of a DPDK port into a packet ring.
+
+    \b
+    Example:
+      flowcheck-dump plan.json --stream link-0 --capture link-0.pcapng --ring /dev/shm/link-0.ring
+    """
+    if (capture is None) == (port is None):
+        raise click.UsageError("give either --capture or --port")
+    from contextlib import closing
+
+    from flowcheck._copy import CopyEngine
+    from flowcheck.eal import Eal
+    from flowcheck.plan import load
+    from flowcheck.ring import PacketRing
+    from packet_dump.capture import validate
+    from packet_dump.dump import FileDump, PortDump
+
+    job = load(plan)
+    job.shard.stream(stream)
+    if capture is not None:
+        validate(capture)  # before anything is made
+    environment = Eal.start(eal)
+    with PacketRing.for_stream(ring_path, job, stream, records) as ring, closing(CopyEngine(dma)) as engine:
+        dump = FileDump(environment, capture, ring, engine) if capture else PortDump(environment, port, ring, engine)
+        with closing(dump):
+            run(dump, busy=busy, on_signal=None if capture else dump.stop)
+            report = {"stream": stream, **dump.counters()}
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(", ".join(f"{name} {value}" for name, value in report.items()))
