@@ -46,7 +46,6 @@ def replay(
     captures: dict[str, str | Path],
     out: str | Path,
     *,
-    keep_gradients: bool = True,
     dma: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -56,7 +55,6 @@ def replay(
         plan_path: the job plan.
         captures: stream name to capture file; every stream of the plan needs one.
         out: the checkpoint directory, made if absent, gone on with if it is this job's.
-        keep_gradients: see `updater.updater.Updater`.
         dma: device arguments of DMA engines for all copies; none: the CPU copies.
         progress: called with (frames done, frames in all) now and then.
 
@@ -104,7 +102,7 @@ def replay(
         slots = stack.enter_context(SlotFile.for_plan(scratch / "slots", plan))
         extractor = stack.enter_context(contextlib.closing(Extractor(rings, plan, slots, engine)))
         updater = stack.enter_context(
-            contextlib.closing(Updater(plan, slots, Path(out), plan_folder=Path(plan_path).parent))
+            contextlib.closing(Updater(plan, slots, Path(out), plan_folder=Path(plan_path).parent, engine=engine))
         )
         _run([*dumps, *parsers, extractor, updater], lambda: sum(ring.written for ring in rings), total, progress)
         packets = extractor.counters()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""The named arithmetic of this process, and where its steps are known to give the trainer's bits.
+
+Bits are promised only for what tests/updater/test_optimizer.py holds against plain torch; everything else steps the
+same class, and says `bit_exact: false`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flowcheck.plan import Arithmetic, Plan
+
+__all__ = ["bit_exact", "current"]
+
+#: Options by class that the tests cover, each in every form.
+_COVERED_OPTIONS = {
+    "SGD": {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
+    "AdamW": {"lr", "betas", "eps", "weight_decay"},
+}
+_COVERED_DTYPES = {"float32", "float64", "bfloat16"}
+#: Gradient dtype on the wire, where it is not the parameter's: DDP's compression hooks, of which each value fits float32.
+_COVERED_WIRE_DTYPES = {("float32", "bfloat16"), ("float32", "float16")}
+
+
+def current() -> Arithmetic:
+    """Return what this process computes with: torch's version (without its build tag), device, CPU capability."""
+    version = torch.__version__.split("+")[0]
+    return Arithmetic(torch=version, device="cpu", capability=torch.backends.cpu.get_cpu_capability())
+
+
+def bit_exact(plan: Plan) -> bool:
+    """Return whether steps done here are known to have the bits of the trainer's; True for a plan without a model."""
+    return not plan.has_model or (plan.arithmetic == current() and _covered(plan))
+
+
+def _covered(plan: Plan) -> bool:
+    options = {name for group in plan.optimizer.groups for name in group.options}
+    if not options <= _COVERED_OPTIONS.get(plan.optimizer.class_name, set()):
+        return False
+    dtypes = {entry.parameter: entry.dtype for entry in plan.state if entry.kind == "parameter"}
+    if not set(dtypes.values()) <= _COVERED_DTYPES:
+        return False
+    pairs = {(dtypes[p.name], b.dtype) for r in plan.shard.revisions for b in r.buckets for p in b.parameters}
+    return all(ours == wire or (ours, wire) in _COVERED_WIRE_DTYPES for ours, wire in pairs)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""A checkpoint directory as readers see it: manifest, plan, log index and the state of every iteration.
+
+Opening it imports neither torch nor h5py, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from flowcheck import plan as plans
+from flowcheck.errors import CheckpointError, RestoreError
+from flowcheck.plan import Plan, Revision
+from updater.log_format import GRADIENT
+from updater.log_reader import Entry, read_index, read_payload
+from updater.manifest import LOG_FOLDER, PLAN_NAME, Manifest
+
+__all__ = ["Directory", "bucket_views", "states"]
+
+
+def bucket_views(slot: np.ndarray, revision: Revision) -> list[np.ndarray]:
+    """Return each bucket's bytes in an iteration's slot data: the flat gradient in order, without the padding."""
+    return [slot[begin:end] for begin, end in revision.slot_ranges]
+
+
+def states(index: Iterable[Entry], base: int | None, *, has_model: bool) -> Iterator[tuple[Entry, str]]:
+    """Yield each logged iteration with its state; `base` is the iteration of the first snapshot, None without one.
+
+    What the wire brings as iteration 0 is the initial state, and no iteration of its own: it is left out.
+    """
+    reached = base
+    for entry in index:
+        iteration = entry.header.iteration
+        if iteration == 0:
+            continue
+        if entry.header.kind != GRADIENT:
+            yield entry, "incomplete"
+        elif not has_model:
+            yield entry, "whole"
+        elif reached is not None and iteration <= reached + 1:
+            reached = max(reached, iteration)
+            yield entry, "committed"
+        else:
+            yield entry, "waiting"
+
+
+class Directory:
+    """A checkpoint directory, open for reading; nothing of it is loaded before its checksum agreed."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the manifest; CheckpointError if the directory is none, or is corrupt."""
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The job plan; CheckpointError if its file is not as it was written."""
+        path = self.manifest.check(PLAN_NAME)
+        plan = plans.load(path)
+        if plan.identity() != self.manifest.identity:
+            raise CheckpointError(f"{path}: is not the plan that the manifest was made from; restore both from one copy", str(path))
+        return plan
+
+    @cached_property
+    def entries(self) -> dict[int, tuple[Entry, str]]:
+        """Each logged iteration from 1 on: its record and its state."""
+        snapshots = self.manifest.snapshots
+        base = snapshots[0] if snapshots else None
+        index = read_index(self.path / LOG_FOLDER, self.manifest.identity)
+        return {e.header.iteration: (e, state) for e, state in states(index, base, has_model=self.manifest.has_model)}
+
+    @property
+    def restorable(self) -> list[int]:
+        """Iterations that a state can be restored of, ascending."""
+        return sorted({i for i, (_, state) in self.entries.items() if state == "committed"} | set(self.manifest.snapshots))
+
+    def slot(self, iteration: int) -> tuple[np.ndarray, Revision]:
+        """Return a logged iteration's gradient as slot data (buckets on their boundaries), and its revision.
+
+        Raises:
+            RestoreError: the iteration is not in the log, or incomplete there.
+            CheckpointError: a checksum of its record is wrong.
+        """
+        entry, state = self.entries.get(iteration, (None, "not in the log"))
+        if entry is None or state == "incomplete":
+            whole = [i for i, (_, s) in self.entries.items() if s != "incomplete"]
+            raise RestoreError(f"{self.path}: the gradient of iteration {iteration} is {state}; {nearest(whole, iteration)}")
+        revision = self.plan.revision(iteration)
+        slot = np.zeros(revision.slot_bytes, np.uint8)
+        read_payload(entry, self.manifest.identity, bucket_views(slot, revision))
+        return slot, revision
+
+
+def nearest(iterations: list[int], wanted: int) -> str:
+    """Return the words that name the iteration nearest to the wanted one."""
+    if not iterations:
+        return "no iteration has one"
+    return f"the nearest that has one is {min(iterations, key=lambda i: (abs(i - wanted), i))}"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Durable file operations: what a checkpoint directory needs so that a crash at any instruction leaves it whole.
+
+Every file is private to its owner (0600). A published file is written under a temporary name, synced, renamed, and
+its folder synced; so it is there whole, or not at all. Errors of the operating system leave as one FlowCheckError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flowcheck.errors import ConfigError, FlowCheckError
+
+__all__ = [
+    "TEMPORARY_SUFFIX",
+    "io_errors",
+    "lock_directory",
+    "publish",
+    "remove_temporaries",
+    "sha256_of",
+    "sync_directory",
+    "write_all",
+    "write_published",
+]
+
+TEMPORARY_SUFFIX = ".unfinished"
+#: The kernel takes at most this many pieces in one writev (IOV_MAX).
+_MOST_PIECES = 1024
+_HASH_CHUNK_BYTES = 4 << 20
+_HINTS = {
+    errno.ENOSPC: "; free some space and start again",
+    errno.EDQUOT: "; raise the quota and start again",
+    errno.EFBIG: "; raise the file size limit and start again",
+}
+
+
+@contextlib.contextmanager
+def io_errors(what: str, path: str | Path) -> Iterator[None]:
+    """Turn an OSError into a FlowCheckError of one line that says what could not be done, on what, and why."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        raise FlowCheckError(f"{path}: cannot {what}: {reason}{_HINTS.get(error.errno, '')}") from error
+
+
+def write_all(fd: int, pieces: Sequence[memoryview | bytes]) -> int:
+    """Write all pieces at the file's position, gathered without copying them together; returns the bytes written."""
+    views = [view for piece in pieces if (view := memoryview(piece).cast("B")).nbytes]
+    total = 0
+    while views:
+        written = os.writev(fd, views[:_MOST_PIECES])
+        total += written
+        while views and written >= views[0].nbytes:
+            written -= views.pop(0).nbytes
+        if written:
+            views[0] = views[0][written:]
+    return total
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a file that is written and synced its final name, durably; replaces a file of that name."""
+    os.replace(temporary, final)
+    sync_directory(final.parent)
+
+
+def write_published(path: Path, content: bytes) -> None:
+    """Publish a small file in one go."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with io_errors("write", path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(fd, [content])
+            os.fsync(fd)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        finally:
+            os.close(fd)
+        publish(temporary, path)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a crash left unfinished; only the owner of the directory's lock may."""
+    for path in folder.glob("*" + TEMPORARY_SUFFIX):
+        path.unlink()
+
+
+def sha256_of(path: Path) -> tuple[int, str]:
+    """Return a file's length in bytes and its SHA-256 in hexadecimal, read in one pass."""
+    digest, length = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            length += len(chunk)
+    return length, digest.hexdigest()
+
+
+def lock_directory(path: Path) -> int:
+    """Take a directory for this process alone; returns the descriptor that holds the lock until it is closed.
+
+    The kernel drops the lock with the process, however it ends. ConfigError if another process has it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise ConfigError(f"{path}: another process writes to this directory; wait for it or choose another") from error
+    return fd

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""The training state of a plan: parameters, constants and the trainer's optimizer, stepped from slot data.
+
+The optimizer is the trainer's own class of torch.optim in the trainer's form; nothing is computed here but what it
+computes. State is on the CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.plan import DTYPE_BYTES, Plan, Revision
+
+__all__ = ["ModelState", "bytes_of", "torch_dtype"]
+
+#: Options that decide how a step is done; the plan says that once, as the optimizer's form.
+_NOT_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a plan's dtype name."""
+    return getattr(torch, name)
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Return the bytes of a contiguous CPU tensor as a flat uint8 array over the same memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+class ModelState:
+    """Model and optimizer of a plan, at first without values: `load_*` gives them, then `step` moves them on.
+
+    One thread at a time. `model` maps every state_dict key to its tensor; tied keys share one.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """Allocate the state; ConfigError if torch.optim refuses the optimizer as the plan has it."""
+        self.plan = plan
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self.model: dict[str, torch.Tensor] = {}
+        for entry in plan.state:
+            tensor = self._parameters.get(entry.parameter) if entry.parameter else None
+            if tensor is None:
+                tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+            if entry.kind == "parameter" and entry.parameter not in self._parameters:
+                tensor = self._parameters[entry.parameter] = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            self.model[entry.key] = tensor
+        self.optimizer = self._make_optimizer()
+        # torch's foreach forms change gradients in place (SGD with nesterov): they must not do so in a slot.
+        self._copies_gradients = plan.optimizer.form == "foreach"
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        chosen = self.plan.optimizer
+        kind = getattr(torch.optim, chosen.class_name)
+        form = {} if chosen.form == "default" else {chosen.form: True}
+        groups = [{**g.options, "params": [self._parameters[name] for name in g.parameters]} for g in chosen.groups]
+        try:
+            probe = kind([torch.nn.Parameter(torch.zeros(1))], **({"lr": 0.0} if chosen.class_name == "SGD" else {}))
+            known = set(probe.defaults) - _NOT_OPTIONS
+            for number, group in enumerate(chosen.groups):
+                for name in sorted(set(group.options) - known):
+                    raise ConfigError(
+                        f"plan: optimizer.groups[{number}].options: {name!r} is no option of {chosen.class_name}; "
+                        f"expected some of {', '.join(sorted(known))}"
+                    )
+            # The constructor checks the first group's values with its own keywords; the others are checked alike.
+            for group in chosen.groups:
+                kind([torch.nn.Parameter(torch.zeros(1))], **group.options)
+            return kind(groups, **form)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"plan: optimizer: torch.optim.{chosen.class_name} refuses it: {error}") from error
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the model's tensors, tied ones once."""
+        return sum(tensor.nbytes for tensor in {id(t): t for t in self.model.values()}.values())
+
+    def load_broadcast(self, content: np.ndarray) -> None:
+        """Take the model's values from the job's own broadcast, as the initial-state slot holds it."""
+        for key, offset in self.plan.initial_offsets.items():
+            target = bytes_of(self.model[key])
+            target[:] = content[offset : offset + target.size]
+
+    def load_model(self, model: dict[str, torch.Tensor], origin: str) -> None:
+        """Take the model's values from a state_dict; CheckpointError unless keys, shapes and dtypes are the plan's."""
+        if set(model) != set(self.model):
+            odd = sorted(set(model) ^ set(self.model))[0]
+            raise CheckpointError(f"{origin}: key {odd!r} is {'not in the plan' if odd in model else 'missing'}", origin)
+        for key, target in self.model.items():
+            found = model[key]
+            if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (target.shape, target.dtype):
+                what = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+                raise CheckpointError(f"{origin}: {key!r} is {what}, expected {target.dtype} {list(target.shape)}", origin)
+            with torch.no_grad():
+                target.copy_(found)
+
+    def load_optimizer(self, optimizer: dict, origin: str) -> None:
+        """Take the optimizer's state; CheckpointError if it does not fit the plan's groups."""
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{origin}: the optimizer's state does not fit the plan: {error}", origin) from error
+
+    def step(self, slot: np.ndarray, revision: Revision) -> None:
+        """Apply one iteration's gradient.
+
+        `slot` is the slot data, writable, uint8; it is only read. A parameter in no bucket keeps its gradient None.
+        Where wire and parameter dtype agree, the optimizer reads the slot itself.
+        """
+        for bucket, begin in zip(revision.buckets, revision.bucket_offsets, strict=True):
+            width = DTYPE_BYTES[bucket.dtype]
+            for place in bucket.parameters:
+                parameter = self._parameters[place.name]
+                low = begin + place.offset * width
+                gradient = torch.from_numpy(slot[low : low + place.elements * width])
+                gradient = gradient.view(torch_dtype(bucket.dtype)).reshape(place.shape)
+                if self._copies_gradients or gradient.dtype != parameter.dtype:
+                    gradient = gradient.to(parameter.dtype, copy=True)
+                parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""Restoring a training state from snapshot and log, and writing it for the user's stack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowcheck.errors import RestoreError
+from updater import arithmetic
+from updater.directory import Directory
+from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
+from updater.model_state import ModelState
+from updater.shadow import load_snapshot, replay
+from updater.snapshot import State, write_state
+
+__all__ = ["FORMATS", "restore", "restore_state", "write_hdf5", "write_torch"]
+
+FORMATS = ("torch", "hdf5")
+
+
+def restore_state(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> State:
+    """Return the state after an iteration: the newest snapshot not after it, stepped on through the log.
+
+    Args:
+        path: the checkpoint directory.
+        iteration: the latest that can be restored if None.
+        attempt: the directory's own if None.
+
+    Raises:
+        RestoreError: there is no such state; the message names the nearest that there is.
+        CheckpointError: a file that is needed is corrupt.
+    """
+    directory = Directory(path)
+    manifest = directory.manifest
+    if attempt is not None and attempt != manifest.attempt:
+        raise RestoreError(f"{path}: attempt {attempt} is not there, only attempt {manifest.attempt}")
+    possible = directory.restorable
+    if not manifest.has_model:
+        raise RestoreError(f"{path}: the plan has no model, so there is no state; 'flowcheck gradient' gives its gradients")
+    if not possible:
+        raise RestoreError(f"{path}: no iteration can be restored: the initial state has not been seen")
+    wanted = possible[-1] if iteration is None else iteration
+    if wanted not in possible:
+        best = min(possible, key=lambda i: (abs(i - wanted), i))
+        found = directory.entries.get(wanted, (None, "not in the log"))[1]
+        raise RestoreError(f"{path}: iteration {wanted} cannot be restored: it is {found}; the nearest that can is {best}")
+    state = load_snapshot(manifest, max(i for i in manifest.snapshots if i <= wanted))
+    if state.iteration == wanted:
+        return state
+    model = ModelState(directory.plan)
+    model.load_model(state.model, str(path))
+    model.load_optimizer(state.optimizer, str(path))
+    for reached in replay(directory.plan, model, directory.entries.values(), state.iteration):
+        if reached == wanted:
+            break
+    return State(
+        manifest.run_id,
+        manifest.attempt,
+        wanted,
+        state.bit_exact and manifest.bit_exact and arithmetic.bit_exact(directory.plan),
+        arithmetic.current().model_dump(),
+        model.model,
+        model.optimizer.state_dict(),
+    )
+
+
+def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:
+    """Return a restored state as a dictionary: model, optimizer, iteration, run_id, attempt, bit_exact.
+
+    `model` and `optimizer` are what torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
+    """
+    return _document(restore_state(path, iteration, attempt))
+
+
+def _document(state: State) -> dict[str, Any]:
+    plain: dict[int, torch.Tensor] = {}
+    model = {key: plain.setdefault(id(tensor), tensor.detach()) for key, tensor in state.model.items()}
+    return {
+        "model": model,
+        "optimizer": state.optimizer,
+        "iteration": state.iteration,
+        "run_id": state.run_id,
+        "attempt": state.attempt,
+        "bit_exact": state.bit_exact,
+    }
+
+
+def write_torch(state: State, path: str | Path) -> None:
+    """Publish a state as a torch file that loads with `weights_only=True`; replaces a file of that path."""
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with io_errors("write", path):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                try:
+                    torch.save(_document(state), file)
+                except RuntimeError as error:
+                    # torch's way to say that the file took no more
+                    raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_hdf5(state: State, path: str | Path) -> None:
+    """Publish a state as an HDF5 file, as snapshots are (docs/checkpoints.md); replaces a file of that path."""
+    write_state(Path(path), state)

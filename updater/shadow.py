@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The shadow of the trainers' state: begun from the wire or a file, rebuilt from snapshot and log, stepped, snapshotted."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flowcheck._copy import CopyEngine
+from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.plan import Plan, Revision
+from updater import arithmetic
+from updater.directory import bucket_views, states
+from updater.log_reader import Entry, read_payload
+from updater.manifest import Manifest
+from updater.model_state import ModelState, bytes_of
+from updater.snapshot import State, read_state, write_state
+
+__all__ = ["Shadow", "load_snapshot", "replay"]
+
+
+def load_snapshot(manifest: Manifest, iteration: int) -> State:
+    """Return a published snapshot; CheckpointError if its checksum or its content is wrong."""
+    path = manifest.check(manifest.snapshot_name(iteration))
+    state = read_state(path)
+    if (state.run_id, state.attempt, state.iteration) != (manifest.run_id, manifest.attempt, iteration):
+        raise CheckpointError(f"{path}: is of run {state.run_id!r}, iteration {state.iteration}; restore the file from a copy", str(path))
+    return state
+
+
+def replay(plan: Plan, model: ModelState, entries: Iterable[tuple[Entry, str]], after: int) -> Iterator[int]:
+    """Step a model that is the state of iteration `after` through the log's committed iterations; yields each when done."""
+    identity = plan.identity()
+    slot = np.zeros(plan.slot_bytes, np.uint8)
+    for entry, state in entries:
+        iteration = entry.header.iteration
+        if state == "committed" and iteration == after + 1:
+            revision = plan.revision(iteration)
+            read_payload(entry, identity, bucket_views(slot, revision))
+            model.step(slot, revision)
+            after = iteration
+            yield iteration
+
+
+class Shadow:
+    """The state of one run; `reached` is the iteration that it is the state after, None before there is any.
+
+    begin_from_broadcast or begin_from_file -> apply ... -> snapshot; after a restart `reached` is there at once.
+    """
+
+    def __init__(self, plan: Plan, manifest: Manifest, index: Iterable[Entry], engine: CopyEngine) -> None:
+        """Make the state; rebuilt if the directory has a snapshot. CheckpointError if what it needs is corrupt."""
+        self.plan, self._manifest = plan, manifest
+        self._model = ModelState(plan)
+        self.reached: int | None = None
+        self._engine = engine
+        self.engine_bytes = self.engine_failed = 0
+        snapshots = manifest.snapshots
+        if snapshots:
+            origin = manifest.snapshot_name(snapshots[-1])
+            state = load_snapshot(manifest, snapshots[-1])
+            self._model.load_model(state.model, origin)
+            self._model.load_optimizer(state.optimizer, origin)
+            self.reached = snapshots[-1]
+            for iteration in replay(plan, self._model, states(index, snapshots[0], has_model=True), self.reached):
+                self.reached = iteration
+
+    def begin_from_broadcast(self, content: np.ndarray) -> None:
+        """Take the initial state that the job broadcast; published as snapshot 0 when this returns.
+
+        Raises:
+            CheckpointError: there is one already, and it has other bits.
+        """
+        if self.reached is None:
+            self._model.load_broadcast(content)
+            self._begin()
+            return
+        first = load_snapshot(self._manifest, 0)
+        for key, offset in self.plan.initial_offsets.items():
+            known = bytes_of(first.model[key])
+            if not np.array_equal(known, content[offset : offset + known.size]):
+                path = self._manifest.folder / self._manifest.snapshot_name(0)
+                raise CheckpointError(
+                    f"{path}: the wire now gives {key!r} another first value; use another directory for another run", str(path)
+                )
+
+    def begin_from_file(self, path: Path) -> None:
+        """Take the initial state from a torch file; published as snapshot 0 when this returns."""
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: cannot read the initial state: {str(error).splitlines()[0]}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: the initial state is a {type(found).__name__}, expected a dictionary with 'model'")
+        if found.get("iteration", 0) != 0:
+            raise ConfigError(f"{path}: is the state of iteration {found['iteration']}; the initial state is that of iteration 0")
+        try:
+            self._model.load_model(found.get("model", found), str(path))
+            if "optimizer" in found:
+                self._model.load_optimizer(found["optimizer"], str(path))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        self._begin()
+
+    def _begin(self) -> None:
+        self.reached = 0
+        self.snapshot()
+
+    def apply(self, iteration: int, slot: np.ndarray, revision: Revision) -> bool:
+        """Step by an iteration that is committed; False, and nothing done, where it is not the next one."""
+        if self.reached is None or iteration != self.reached + 1:
+            return False
+        self._model.step(slot, revision)
+        self.reached = iteration
+        return True
+
+    def snapshot(self) -> None:
+        """Publish the state as it is, unless it is published already; a shadow without a state has nothing to publish."""
+        if self.reached is None or self.reached in self._manifest.snapshots:
+            return
+        name = self._manifest.snapshot_name(self.reached)
+        state = State(
+            self._manifest.run_id,
+            self._manifest.attempt,
+            self.reached,
+            self._manifest.bit_exact,
+            arithmetic.current().model_dump(),
+            self._model.model,
+            self._model.optimizer.state_dict(),
+        )
+        copied, failed = self._engine.engine_bytes, self._engine.engine_failed
+        write_state(self._manifest.folder / name, state, self._engine)
+        self.engine_bytes += self._engine.engine_bytes - copied
+        self.engine_failed += self._engine.engine_failed - failed
+        self._manifest.add(name)
+        self._manifest.store()
