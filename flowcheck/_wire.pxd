@@ -359,6 +359,8 @@ cdef inline int fc_decode(const uint8_t *frame, uint32_t length, fc_wire *out) n
     udp = <const rte_udp_hdr *> (frame + transport)
     if rte_be_to_cpu_16(udp.dst_port) != FC_ROCE_PORT:
         return FC_WIRE_NOT_ROCE
+    if transport + 8 + 12 <= length:
+        out.bth_offset = <uint16_t> (transport + 8)  # set whatever comes: a whole BTH is what makes a RoCE frame
     if fragment:
         return FC_WIRE_FRAGMENT
     if end < transport + 8:
