@@ -61,12 +61,12 @@ def inspect(capture: Path, messages: bool, as_json: bool) -> None:
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--stream", "captures", multiple=True, required=True, callback=_streams, metavar="NAME=CAPTURE", help="The capture of a stream of the plan; once per stream.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Checkpoint directory.")
-@click.option("--keep-gradients/--no-keep-gradients", default=False, help="Record in DIR that retention shall never remove a gradient.")
+@click.option("--keep-gradients", is_flag=True, expose_value=False, help="Keep every gradient; this release, which removes none, always does.")
 @click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy with this DMA engine (DPDK device arguments); several share the work.")
 @click.option("--require-complete", is_flag=True, help="End with status 6 if an iteration is not committed (or whole).")
 @json_option
 @debug_option
-def replay(plan: Path, captures: dict[str, Path], out: Path, keep_gradients: bool, dma: tuple[str, ...], require_complete: bool, as_json: bool) -> None:
+def replay(plan: Path, captures: dict[str, Path], out: Path, dma: tuple[str, ...], require_complete: bool, as_json: bool) -> None:
     """Run captures through the whole pipeline into a checkpoint directory.
 
     \b
@@ -77,7 +77,7 @@ def replay(plan: Path, captures: dict[str, Path], out: Path, keep_gradients: boo
     from flowcheck.tables import frame_progress, print_iterations
 
     with frame_progress() as progress:
-        report = run(plan, captures, out, keep_gradients=keep_gradients, dma=dma, progress=progress)
+        report = run(plan, captures, out, dma=dma, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -120,9 +120,16 @@ def list_command(directory: Path, require_complete: bool, as_json: bool) -> None
 @debug_option
 def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> None:
     """Write one iteration's reduced gradient, flat, in bucket order and wire dtype (bfloat16 as uint16)."""
-    from updater.gradient import read_gradient, write_gradient
+    import io
 
-    write_gradient(out, read_gradient(directory, iteration, bucket))
+    import numpy as np
+
+    from updater.durable import write_published
+    from updater.gradient import read_gradient
+
+    content = io.BytesIO()
+    np.save(content, read_gradient(directory, iteration, bucket), allow_pickle=False)
+    write_published(out, content.getvalue())
 
 
 @main.command()
@@ -139,11 +146,11 @@ def restore(directory: Path, iteration: int | None, attempt: int | None, form: s
     Example:
       flowcheck restore checkpoints --iteration 12 --format torch --out state.pt
     """
-    from updater import restore as restoring
+    from updater.restore import restore_state, write_hdf5, write_torch
 
-    state = restoring.restore(directory, iteration, attempt)
-    restoring.write(state, form, out)
-    click.echo(f"iteration {state['iteration']} restored to {out}", err=True)
+    state = restore_state(directory, iteration, attempt)
+    {"torch": write_torch, "hdf5": write_hdf5}[form](state, out)
+    click.echo(f"iteration {state.iteration} restored to {out}", err=True)
 
 
 @main.command()
@@ -155,9 +162,10 @@ def verify(directory: Path, as_json: bool) -> None:
 
     Ends with 5 if a file fails its checksum, with 6 if log and snapshots disagree.
     """
-    from updater.verify import verify as verify_directory
+    from updater.verify import check
 
-    report = verify_directory(directory)
+    found = check(directory)
+    report = found.document()
     if as_json:
         print_json(report)
     else:
@@ -165,7 +173,7 @@ def verify(directory: Path, as_json: bool) -> None:
 
         print_verification(report)
     if not report["ok"]:
-        sys.exit(report["exit_code"] if "exit_code" in report else DifferenceError.exit_code)
+        sys.exit(found.exit_code)
 
 
 @main.command()

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Set-up, build, demonstration and tests, from a fresh checkout on a machine with Python >= 3.10:
+#
+#   ./build.sh              install what is missing, build into .venv
+#   ./build.sh demo         ... and run the demonstration
+#   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
+#   ./build.sh lint         ... and check style and documents
+#
+# Run again, set-up and build cost nothing when nothing changed.
+set -eu
+cd "$(dirname "$0")"
+venv=.venv
+
+say() { printf 'build.sh: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+find_python() {
+    for python in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+            printf '%s' "$python"
+            return
+        fi
+    done
+    die "no Python >= 3.10 found; install one, or name it: PYTHON=/path/to/python ./build.sh"
+}
+
+# install NAME...: system packages, by apt-get when root, else by telling which.
+install() {
+    if ! command -v apt-get >/dev/null; then
+        die "missing on this system: $*. These are Debian's names; docs/install.md has those of others"
+    elif [ "$(id -u)" != 0 ]; then
+        die "missing: $*. Run: sudo apt-get install -y $*"
+    fi
+    say "installing $*"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null
+    apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+system_packages() {
+    missing=""
+    command -v cc >/dev/null || missing="$missing gcc libc6-dev"
+    if ! command -v pkg-config >/dev/null; then
+        missing="$missing pkg-config libdpdk-dev"
+    elif ! pkg-config --atleast-version=22.11 libdpdk 2>/dev/null; then
+        missing="$missing libdpdk-dev"
+    fi
+    [ -e /usr/include/pcap/pcap.h ] || missing="$missing libpcap-dev"
+    headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [ -e "$headers/Python.h" ] || missing="$missing python3-dev"
+    "$python" -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
+    # shellcheck disable=SC2086
+    [ -z "$missing" ] || install $missing
+}
+
+fingerprint() {
+    { cat setup.py setup.cfg pyproject.toml constraints.txt; pkg-config --modversion libdpdk; "$python" --version
+      git ls-files -z '*.pyx' '*.pxd' '*.h' | xargs -0 cat; } | sha256sum
+}
+
+build() {
+    python=$(find_python)
+    system_packages
+    now=$(fingerprint)
+    if [ "$(cat "$venv/flowcheck-built" 2>/dev/null)" = "$now" ]; then
+        return
+    fi
+    say "building into $venv"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install -q -c constraints.txt setuptools wheel Cython
+    "$venv/bin/python" -m pip install -q --no-build-isolation -c constraints.txt -e '.[test]'
+    printf '%s\n' "$now" >"$venv/flowcheck-built"
+}
+
+run_tests() {
+    if ! command -v tshark >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        install tshark
+    fi
+    if [ "${1:-}" = --all ]; then
+        shift
+        exec "$venv/bin/python" -m pytest "$@"
+    fi
+    exec "$venv/bin/python" -m pytest -m 'not slow' "$@"
+}
+
+target=${1:-build}
+[ $# = 0 ] || shift
+case "$target" in
+    build) build ;;
+    demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
+    test) build; run_tests "$@" ;;
+    lint) build; exec "$venv/bin/ruff" check . ;;
+    *) die "unknown target '$target'; expected demo, test, lint, or nothing" ;;
+esac
