@@ -90,6 +90,6 @@ case "$target" in
     build) build ;;
     demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
     test) build; run_tests "$@" ;;
-    lint) build; exec "$venv/bin/ruff" check . ;;
+    lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
     *) die "unknown target '$target'; expected demo, test, lint, or nothing" ;;
 esac

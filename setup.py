@@ -14,7 +14,9 @@ DPDK_MINIMUM = "22.11"
 
 
 def pkg_config(*arguments: str) -> list[str]:
-    return shlex.split(subprocess.run(["pkg-config", *arguments, "libdpdk"], check=True, capture_output=True, text=True).stdout)
+    return shlex.split(
+        subprocess.run(["pkg-config", *arguments, "libdpdk"], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def dpdk_flags() -> tuple[list[str], list[str]]:
@@ -50,7 +52,13 @@ def extensions() -> list[Extension]:
         for package in PACKAGES
         for path in sorted((ROOT / package).glob("*.pyx"))
     ]
-    directives = {"language_level": 3, "boundscheck": debug, "wraparound": False, "cdivision": True, "embedsignature": True}
+    directives = {
+        "language_level": 3,
+        "boundscheck": debug,
+        "wraparound": False,
+        "cdivision": True,
+        "embedsignature": True,
+    }
     return cythonize(modules, build_dir="build/cython", compiler_directives=directives)
 
 

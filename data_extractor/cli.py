@@ -15,15 +15,38 @@ __all__ = ["main"]
 
 @click.command(cls=Command, context_settings=command_settings)
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--ring", "ring_paths", required=True, multiple=True, type=click.Path(path_type=Path), help="A packet ring; once per stream of the plan.")
-@click.option("--slots", "slots_path", required=True, type=click.Path(path_type=Path), help="The slot file; gone on with if it exists.")
-@click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy plain payloads with this DMA engine; several share the work.")
+@click.option(
+    "--ring",
+    "ring_paths",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A packet ring; once per stream of the plan.",
+)
+@click.option(
+    "--slots",
+    "slots_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The slot file; gone on with if it exists.",
+)
+@click.option(
+    "--dma", multiple=True, metavar="DEVARGS", help="Copy plain payloads with this DMA engine; several share the work."
+)
 @wait_option
 @busy_option
 @json_option
 @version_option
 @debug_option
-def main(plan: Path, ring_paths: tuple[Path, ...], slots_path: Path, dma: tuple[str, ...], patience_s: float, busy: bool, as_json: bool) -> None:
+def main(
+    plan: Path,
+    ring_paths: tuple[Path, ...],
+    slots_path: Path,
+    dma: tuple[str, ...],
+    patience_s: float,
+    busy: bool,
+    as_json: bool,
+) -> None:
     """Assemble gradients from the packet rings of all streams of a plan.
 
     \b
@@ -32,8 +55,9 @@ def main(plan: Path, ring_paths: tuple[Path, ...], slots_path: Path, dma: tuple[
     """
     from contextlib import ExitStack, closing
 
-    from data_extractor.extractor import Extractor
     from flowcheck._copy import CopyEngine
+
+    from data_extractor.extractor import Extractor
     from flowcheck.errors import ConfigError
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing

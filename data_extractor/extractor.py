@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from flowcheck._copy import CopyEngine
 
 from data_extractor._extractor import ExtractLoop
-from flowcheck._copy import CopyEngine
 from flowcheck.formats import DUMP_STATE, RING_HEADER
 from flowcheck.plan import Plan
 from flowcheck.ring import PacketRing
@@ -30,7 +30,12 @@ class Extractor:
     """
 
     def __init__(
-        self, rings: list[PacketRing], plan: Plan, slots: SlotFile, engine: CopyEngine | None = None, kernel: str = "auto"
+        self,
+        rings: list[PacketRing],
+        plan: Plan,
+        slots: SlotFile,
+        engine: CopyEngine | None = None,
+        kernel: str = "auto",
     ) -> None:
         self._rings, self._slots = rings, slots
         self._engine, self._owns_engine = engine or CopyEngine(), engine is None
@@ -76,7 +81,9 @@ class Extractor:
             per_stream[ring.stream] = row
         totals: dict[str, Any] = {name: sum(row[name] for row in per_stream.values()) for name in COUNTERS}
         for name in ("engine_bytes", "engine_failed"):
-            totals[name] = {stage: sum(row[name][stage] for row in per_stream.values()) for stage in ("dump", "extract")}
+            totals[name] = {
+                stage: sum(row[name][stage] for row in per_stream.values()) for stage in ("dump", "extract")
+            }
         return {**totals, "per_stream": per_stream}
 
     def close(self) -> None:

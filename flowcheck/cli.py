@@ -59,14 +59,34 @@ def inspect(capture: Path, messages: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--stream", "captures", multiple=True, required=True, callback=_streams, metavar="NAME=CAPTURE", help="The capture of a stream of the plan; once per stream.")
+@click.option(
+    "--stream",
+    "captures",
+    multiple=True,
+    required=True,
+    callback=_streams,
+    metavar="NAME=CAPTURE",
+    help="The capture of a stream of the plan; once per stream.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Checkpoint directory.")
-@click.option("--keep-gradients", is_flag=True, expose_value=False, help="Keep every gradient; this release, which removes none, always does.")
-@click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy with this DMA engine (DPDK device arguments); several share the work.")
+@click.option(
+    "--keep-gradients",
+    is_flag=True,
+    expose_value=False,
+    help="Keep every gradient; this release, which removes none, always does.",
+)
+@click.option(
+    "--dma",
+    multiple=True,
+    metavar="DEVARGS",
+    help="Copy with this DMA engine (DPDK device arguments); several share the work.",
+)
 @click.option("--require-complete", is_flag=True, help="End with status 6 if an iteration is not committed (or whole).")
 @json_option
 @debug_option
-def replay(plan: Path, captures: dict[str, Path], out: Path, dma: tuple[str, ...], require_complete: bool, as_json: bool) -> None:
+def replay(
+    plan: Path, captures: dict[str, Path], out: Path, dma: tuple[str, ...], require_complete: bool, as_json: bool
+) -> None:
     """Run captures through the whole pipeline into a checkpoint directory.
 
     \b
@@ -136,7 +156,13 @@ def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> 
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--iteration", type=click.IntRange(min=0), help="Which iteration; the latest committed if not given.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Of which attempt; the latest if not given.")
-@click.option("--format", "form", required=True, type=click.Choice(["torch", "hdf5"]), help="torch: loadable with weights_only=True.")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["torch", "hdf5"]),
+    help="torch: loadable with weights_only=True.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
 @debug_option
 def restore(directory: Path, iteration: int | None, attempt: int | None, form: str, out: Path) -> None:
@@ -197,7 +223,12 @@ def diff(first: str, second: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Where the files go; a new temporary folder if not given.")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the files go; a new temporary folder if not given.",
+)
 @json_option
 @debug_option
 def demo(directory: Path | None, as_json: bool) -> None:

@@ -29,7 +29,16 @@ Progress = Callable[[str, int, int], None]
 def _recorder(out: Path, *options: str) -> subprocess.Popen[str]:
     """Start a recorder process; a process of its own, so that it can be killed like a job."""
     command = [sys.executable, "-c", "from workload_gen.cli import main; main()", "record", "--out", str(out)]
-    command += ["--ranks", str(RANKS), "--iterations", str(ITERATIONS), "--params", str(PARAMETERS), "--bucket-mb", "0.1"]
+    command += [
+        "--ranks",
+        str(RANKS),
+        "--iterations",
+        str(ITERATIONS),
+        "--params",
+        str(PARAMETERS),
+        "--bucket-mb",
+        "0.1",
+    ]
     command += ["--optimizer", "adamw", "--fused", "--mtu", "4096", *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -83,7 +92,10 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
     for capture in captures.values():
         trim(capture)
     report = replay(
-        cut / "plan.json", captures, checkpoints, progress=lambda done, total: progress("shadowing from packets", done, total)
+        cut / "plan.json",
+        captures,
+        checkpoints,
+        progress=lambda done, total: progress("shadowing from packets", done, total),
     )
     states = [row["state"] for row in report["iterations"]]
     committed = [row["iteration"] for row in report["iterations"] if row["state"] == "committed"]

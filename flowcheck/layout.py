@@ -20,7 +20,16 @@ from flowcheck.formats import ROW, SEGMENT
 from flowcheck.plan import DTYPE_BYTES, Bucket, Collective, Layout, Plan, Shard
 from flowcheck.verdicts import VERDICTS
 
-__all__ = ["Message", "Program", "all_gather", "all_reduce", "broadcast", "compile_programs", "mirrored_ranges", "threads_and_channels"]
+__all__ = [
+    "Message",
+    "Program",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "compile_programs",
+    "mirrored_ranges",
+    "threads_and_channels",
+]
 
 #: LL: a slot holds 64 KiB of lines, each line 8 data bytes in 16 (prims_ll.h; init.cc computeBuffSizes).
 LL_SLOT_BYTES = 65536
@@ -115,7 +124,9 @@ def broadcast(layout: Layout, edge: int, channel: int, data_bytes: int, root: in
     ranks = len(layout.ring)
     if layout.ring[(edge + 1) % ranks] == root:
         return []
-    return [Message(first, length, True) for _, first, length in _byte_chunks(layout, channel, data_bytes, data_bytes, 1)]
+    return [
+        Message(first, length, True) for _, first, length in _byte_chunks(layout, channel, data_bytes, data_bytes, 1)
+    ]
 
 
 def all_gather(layout: Layout, edge: int, channel: int, data_bytes: int) -> list[Message]:

@@ -22,7 +22,9 @@ __all__ = ["Command", "Group", "command_settings", "debug_option", "json_option"
 
 command_settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there."
+)
 
 
 def _remember_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:

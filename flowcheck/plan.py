@@ -119,7 +119,9 @@ class Bucket(_Model):
         end = 0
         for parameter in sorted(self.parameters, key=lambda p: p.offset):
             if parameter.offset < end:
-                raise ValueError(f"parameter {parameter.name!r} begins at element {parameter.offset}, inside the one before it, which ends at {end}")
+                raise ValueError(
+                    f"parameter {parameter.name!r} begins at element {parameter.offset}, inside the one before it, which ends at {end}"
+                )
             end = parameter.offset + parameter.elements
         if end > self.elements:
             raise ValueError(f"parameters end at element {end}, the bucket has {self.elements}")
@@ -310,16 +312,24 @@ class Shard(_Model):
     def _consistent(self) -> Shard:
         firsts = [r.from_iteration for r in self.revisions]
         if firsts[0] != 1 or firsts != sorted(set(firsts)):
-            raise ValueError(f"revisions begin at iterations {firsts}: expected 1 first, then each later than the one before")
+            raise ValueError(
+                f"revisions begin at iterations {firsts}: expected 1 first, then each later than the one before"
+            )
         ranks, layout = len(self.layout.ring), self.layout
         seen: dict[object, int] = {}
         for number, connection in enumerate(self.connections):
             if connection.edge >= ranks:
-                raise ValueError(f"connections[{number}].edge is {connection.edge}: a ring of {ranks} ranks has edges 0 to {ranks - 1}")
+                raise ValueError(
+                    f"connections[{number}].edge is {connection.edge}: a ring of {ranks} ranks has edges 0 to {ranks - 1}"
+                )
             if connection.channel >= layout.channels:
-                raise ValueError(f"connections[{number}].channel is {connection.channel}: the layout has {layout.channels} channel(s), from 0")
+                raise ValueError(
+                    f"connections[{number}].channel is {connection.channel}: the layout has {layout.channels} channel(s), from 0"
+                )
             if len(connection.proof.data) != layout.queue_pairs:
-                raise ValueError(f"connections[{number}].proof.data has {len(connection.proof.data)} numbers: the layout has {layout.queue_pairs} queue pair(s)")
+                raise ValueError(
+                    f"connections[{number}].proof.data has {len(connection.proof.data)} numbers: the layout has {layout.queue_pairs} queue pair(s)"
+                )
             keys = [(connection.edge, connection.channel)]
             keys += [(connection.source, connection.destination, qp) for qp in connection.proof.data]
             keys += [(connection.destination, connection.source, qp) for qp in connection.proof.credit]
@@ -334,7 +344,9 @@ class Shard(_Model):
         for stream in self.streams:
             for link in stream.links:
                 if link not in edges:
-                    raise ValueError(f"stream {stream.name!r} shows link {link}, of which no connection is listed (edges listed: {sorted(edges)})")
+                    raise ValueError(
+                        f"stream {stream.name!r} shows link {link}, of which no connection is listed (edges listed: {sorted(edges)})"
+                    )
         return self
 
     def revision(self, iteration: int) -> Revision:
@@ -403,7 +415,7 @@ class ParamGroup(_Model):
     """One param group: its parameters in order, and its options by torch.optim's own names."""
 
     parameters: Annotated[tuple[str, ...], Field(min_length=1)]
-    options: dict[str, bool | int | float | None | tuple[float, ...]]
+    options: dict[str, bool | int | float | tuple[float, ...] | None]
 
 
 class Optimizer(_Model):
@@ -440,11 +452,20 @@ class Plan(_Model):
     def _adds_up(self) -> Plan:
         for name, shard in enumerate(self.shards):
             if len(shard.layout.ring) != self.job.world_size:
-                raise ValueError(f"shards[{name}].layout.ring has {len(shard.layout.ring)} ranks, job.world_size is {self.job.world_size}")
-        parts = {"state": bool(self.state), "initial_state": self.initial_state, "optimizer": self.optimizer, "arithmetic": self.arithmetic}
+                raise ValueError(
+                    f"shards[{name}].layout.ring has {len(shard.layout.ring)} ranks, job.world_size is {self.job.world_size}"
+                )
+        parts = {
+            "state": bool(self.state),
+            "initial_state": self.initial_state,
+            "optimizer": self.optimizer,
+            "arithmetic": self.arithmetic,
+        }
         absent = [name for name, part in parts.items() if not part]
         if absent and len(absent) != len(parts):
-            raise ValueError(f"{', '.join(absent)} missing: a plan with a model has all of {', '.join(parts)}, one without has none")
+            raise ValueError(
+                f"{', '.join(absent)} missing: a plan with a model has all of {', '.join(parts)}, one without has none"
+            )
         if self.state:
             self._check_model()
         return self
@@ -469,7 +490,9 @@ class Plan(_Model):
                         if entry is None:
                             raise ValueError(f"{where} is in a bucket but not in state")
                         if entry.shape != parameter.shape:
-                            raise ValueError(f"{where} has shape {list(parameter.shape)} in its bucket, {list(entry.shape)} in state")
+                            raise ValueError(
+                                f"{where} has shape {list(parameter.shape)} in its bucket, {list(entry.shape)} in state"
+                            )
                         if parameter.name in reduced:
                             raise ValueError(f"{where} is in two places")
                         reduced.add(parameter.name)
@@ -477,7 +500,9 @@ class Plan(_Model):
         for group in self.optimizer.groups:
             for name in group.parameters:
                 if name not in parameters or name in stepped:
-                    raise ValueError(f"optimizer: parameter {name!r} is {'in two groups' if name in stepped else 'not in state'}")
+                    raise ValueError(
+                        f"optimizer: parameter {name!r} is {'in two groups' if name in stepped else 'not in state'}"
+                    )
                 stepped.add(name)
         if self.initial_state.source == "broadcast":
             unknown = [key for key in self.initial_state.tensors if key not in keys]
@@ -505,7 +530,9 @@ class Plan(_Model):
                 entry = left.pop(0)
                 room -= entry.bytes
                 if room < 0 or entry.dtype != op.dtype:
-                    raise ValueError(f"initial_state.tensors: {entry.key!r} does not fit the {op.dtype} broadcast that carries it")
+                    raise ValueError(
+                        f"initial_state.tensors: {entry.key!r} does not fit the {op.dtype} broadcast that carries it"
+                    )
 
     @property
     def shard(self) -> Shard:

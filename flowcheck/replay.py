@@ -136,4 +136,6 @@ def _check_accounts(packets: dict[str, Any]) -> None:
 
     judged = sum(packets[name] for name in COUNTERS if name not in ("received", "missed_by_port"))
     if judged != packets["received"]:
-        raise FlowCheckError(f"{packets['received']} frames were received, but {judged} are accounted for; please report this")
+        raise FlowCheckError(
+            f"{packets['received']} frames were received, but {judged} are accounted for; please report this"
+        )

@@ -32,7 +32,11 @@ PARSE_STATE_BYTES = 65536
 def _state_blocks() -> tuple[dict[str, tuple[int, int]], int]:
     """Return per stage (offset, bytes of one copy) of its state block, and where record 0 begins."""
     blocks, offset = {}, PAGE
-    for stage, state in (("dump", DUMP_STATE.itemsize), ("parse", PARSE_STATE_BYTES), ("extract", EXTRACT_STATE.itemsize)):
+    for stage, state in (
+        ("dump", DUMP_STATE.itemsize),
+        ("parse", PARSE_STATE_BYTES),
+        ("extract", EXTRACT_STATE.itemsize),
+    ):
         copy = -(-(8 + state) // 64) * 64
         blocks[stage] = (offset, copy)
         offset += 2 * copy
@@ -117,7 +121,9 @@ class PacketRing:
                     problem = f"{name} is {int(header[name])}, expected {value}"
                     break
         records, record_bytes = int(header["records"]), int(header["record_bytes"])
-        if problem is None and (records < 2 or records & (records - 1) or record_bytes % 64 or record_bytes <= RECORD.itemsize):
+        if problem is None and (
+            records < 2 or records & (records - 1) or record_bytes % 64 or record_bytes <= RECORD.itemsize
+        ):
             problem = f"{records} records of {record_bytes} bytes cannot be"
         if problem is None and header_bytes + records * record_bytes != size:
             problem = f"its size is {size}, its header promises {header_bytes + records * record_bytes}"
@@ -125,7 +131,9 @@ class PacketRing:
             raise RingFormatError(f"{path}: {problem}; remove the file and start the dump again", str(path))
         if identity is not None and header["identity"].tobytes() != identity:
             found = header["identity"]["run_id"].decode(errors="replace")
-            raise ConfigError(f"{path}: the ring of another job or plan (run {found!r}); remove it or name another file")
+            raise ConfigError(
+                f"{path}: the ring of another job or plan (run {found!r}); remove it or name another file"
+            )
         return cls(path, memory)
 
     @classmethod

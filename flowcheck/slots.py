@@ -31,7 +31,8 @@ REASONS = (None, "missing", "conflict", "end_of_stream")
 
 def _slot_offsets(data_bytes: int) -> tuple[int, int, int, int]:
     """Return (claim, done, data offset, whole size) of a slot with room for so many bytes."""
-    bitmap = -(-(-(-data_bytes // UNIT_BYTES)) // 512) * 64
+    units = -(-data_bytes // UNIT_BYTES)
+    bitmap = -(-units // 512) * 64
     claim = PAGE
     done = claim + bitmap
     data = -(-(done + bitmap) // PAGE) * PAGE
@@ -170,9 +171,7 @@ class SlotFile:
         """Return the byte ranges of an iteration's slot that are not done; units are counted whole."""
         slot = self.slot(iteration)
         units = int(slot["units"])
-        bitmap = np.frombuffer(
-            self.memory, np.uint8, -(-units // 8), self.offset(iteration) + int(slot["done_offset"])
-        )
+        bitmap = np.frombuffer(self.memory, np.uint8, -(-units // 8), self.offset(iteration) + int(slot["done_offset"]))
         undone = 1 - np.unpackbits(bitmap, bitorder="little")[:units].astype(np.int8)
         edges = np.flatnonzero(np.diff(np.concatenate(([0], undone, [0]))))
         return [(int(a) * UNIT_BYTES, int(b) * UNIT_BYTES) for a, b in edges.reshape(-1, 2)]

@@ -45,7 +45,9 @@ def wait_for(path: Path, opening: Callable[[], T], patience_s: float) -> T:
             return opening()
         except FileNotFoundError:
             if time.monotonic() >= end:
-                raise ConfigError(f"{path}: no such file after {patience_s:g} seconds; start the stage that makes it") from None
+                raise ConfigError(
+                    f"{path}: no such file after {patience_s:g} seconds; start the stage that makes it"
+                ) from None
             time.sleep(0.02)
 
 

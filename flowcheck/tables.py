@@ -64,10 +64,19 @@ def print_iterations(report: dict[str, Any]) -> None:
     for name in ("iteration", "state", "bytes", "placed", "missing bytes", "reason"):
         table.add_column(name, justify="right" if name in ("iteration", "bytes", "placed") else "left")
     for row in report["iterations"]:
-        cells = (row["iteration"], row["state"], row["bytes"], row["placed_bytes"], _ranges(row["missing"]), row["reason"] or "")
+        cells = (
+            row["iteration"],
+            row["state"],
+            row["bytes"],
+            row["placed_bytes"],
+            _ranges(row["missing"]),
+            row["reason"] or "",
+        )
         table.add_row(*map(str, cells))
     console.print(table)
-    console.print(f"snapshots: {', '.join(map(str, report['snapshots'])) or 'none'}; bit exact: {'yes' if report['bit_exact'] else 'no'}")
+    console.print(
+        f"snapshots: {', '.join(map(str, report['snapshots'])) or 'none'}; bit exact: {'yes' if report['bit_exact'] else 'no'}"
+    )
     if "packets" in report:
         counts = report["packets"]
         console.print("packets: " + ", ".join(f"{counts[name]} {name}" for name in COUNTERS if counts[name]))
@@ -78,7 +87,20 @@ def print_flows(report: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=str(report["capture"]))
     numbers = ("queue pair", "packets", "missing", "duplicates", "messages", "payload bytes", "mtu")
-    for name in ("from", "to", "queue pair", "kind", "encoding", "packets", "psn", "missing", "duplicates", "messages", "payload bytes", "mtu"):
+    for name in (
+        "from",
+        "to",
+        "queue pair",
+        "kind",
+        "encoding",
+        "packets",
+        "psn",
+        "missing",
+        "duplicates",
+        "messages",
+        "payload bytes",
+        "mtu",
+    ):
         table.add_column(name, justify="right" if name in numbers else "left")
     for flow in report["flows"]:
         cells = (
@@ -99,7 +121,14 @@ def print_flows(report: dict[str, Any]) -> None:
             for name in ("psn", "packets", "bytes", "address", "immediate", "complete"):
                 messages.add_column(name, justify="right")
             for row in flow["message_list"]:
-                cells = (row["psn"], row["packets"], row["bytes"], hex(row["address"]), row["immediate"], row["complete"])
+                cells = (
+                    row["psn"],
+                    row["packets"],
+                    row["bytes"],
+                    hex(row["address"]),
+                    row["immediate"],
+                    row["complete"],
+                )
                 messages.add_row(*("" if cell is None else str(cell) for cell in cells))
             console.print(messages)
 
@@ -110,7 +139,9 @@ def print_verification(report: dict[str, Any]) -> None:
     for problem in report["problems"]:
         console.print(f"{problem['file']}: {problem['what']}")
     state = "everything agrees" if report["ok"] else "NOT ALL IS WELL"
-    console.print(f"{state}: {report['files']} files, {report['bytes']} bytes, proved to iteration {report['proved_to']}")
+    console.print(
+        f"{state}: {report['files']} files, {report['bytes']} bytes, proved to iteration {report['proved_to']}"
+    )
 
 
 def print_difference(report: dict[str, Any]) -> None:

@@ -18,8 +18,16 @@ __all__ = ["main"]
 @click.option("--stream", required=True, metavar="NAME", help="The plan's name of the stream.")
 @click.option("--capture", type=click.Path(path_type=Path), help="Dump this pcap or pcapng file.")
 @click.option("--port", metavar="DEVARGS", help="Dump this DPDK port, e.g. net_af_packet0,iface=mon0.")
-@click.option("--ring", "ring_path", required=True, type=click.Path(path_type=Path), help="The packet ring; gone on with if it exists.")
-@click.option("--records", type=click.IntRange(min=2), help="Records of a new ring, a power of two; default: about 16 MiB.")
+@click.option(
+    "--ring",
+    "ring_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The packet ring; gone on with if it exists.",
+)
+@click.option(
+    "--records", type=click.IntRange(min=2), help="Records of a new ring, a power of two; default: about 16 MiB."
+)
 @click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy with this DMA engine; several share the work.")
 @click.option("--eal", default="", metavar="ARGUMENTS", help="Further arguments for DPDK's EAL.")
 @busy_option
@@ -41,6 +49,7 @@ def main(
     from contextlib import closing
 
     from flowcheck._copy import CopyEngine
+
     from flowcheck.eal import Eal
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from flowcheck._copy import CopyEngine
+
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
 from packet_dump._dump import DumpLoop
@@ -70,14 +71,20 @@ class FileDump(_Dump):
         self._path = Path(path)
         frames = validate(path).frames
         if frames < ring.written:
-            raise CaptureError(f"{path}: {frames} frames, but the ring has {ring.written} of an earlier dump", str(path))
+            raise CaptureError(
+                f"{path}: {frames} frames, but the ring has {ring.written} of an earlier dump", str(path)
+            )
         # Device arguments know neither quoting nor escapes: the driver gets a name without commas.
         self._folder = Path(tempfile.mkdtemp(prefix="flowcheck-dump-"))
         link = self._folder / "capture"
         link.symlink_to(self._path.resolve())
         try:
             super().__init__(
-                ring, f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}", live=False, frames=frames, engine=engine
+                ring,
+                f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}",
+                live=False,
+                frames=frames,
+                engine=engine,
             )
         except BaseException:
             shutil.rmtree(self._folder)
@@ -88,7 +95,9 @@ class FileDump(_Dump):
         moved = self._loop.poll()
         if not moved and self._loop.empty_polls > EMPTY_POLLS:
             taken = self._loop.frames_taken
-            raise CaptureError(f"{self._path}: the driver gives no frame after {taken}; was the file changed?", str(self._path))
+            raise CaptureError(
+                f"{self._path}: the driver gives no frame after {taken}; was the file changed?", str(self._path)
+            )
         return moved
 
     def close(self) -> None:

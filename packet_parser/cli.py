@@ -17,13 +17,19 @@ __all__ = ["main"]
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--stream", required=True, metavar="NAME", help="The plan's name of the stream.")
 @click.option("--ring", "ring_path", required=True, type=click.Path(path_type=Path), help="The stream's packet ring.")
-@click.option("--direction", type=click.Choice(["inbound", "outbound"]), help="Only packets to (from) the mirrored host; default: as the plan says.")
+@click.option(
+    "--direction",
+    type=click.Choice(["inbound", "outbound"]),
+    help="Only packets to (from) the mirrored host; default: as the plan says.",
+)
 @wait_option
 @busy_option
 @json_option
 @version_option
 @debug_option
-def main(plan: Path, stream: str, ring_path: Path, direction: str | None, patience_s: float, busy: bool, as_json: bool) -> None:
+def main(
+    plan: Path, stream: str, ring_path: Path, direction: str | None, patience_s: float, busy: bool, as_json: bool
+) -> None:
     """Annotate the packets of a stream's ring until its dump has ended.
 
     \b

@@ -38,7 +38,9 @@ class Parser(RingParser):
         if ring.stream != stream:
             raise ConfigError(f"{ring.path}: the ring of stream {ring.stream!r}, expected that of {stream!r}")
         if direction != "both" and not entry.host:
-            raise ConfigError(f"stream {stream!r}: direction {direction!r} needs the addresses of the mirrored host in its 'host'")
+            raise ConfigError(
+                f"stream {stream!r}: direction {direction!r} needs the addresses of the mirrored host in its 'host'"
+            )
         programs = compile_programs(plan)
         hosts = {address for program in programs for address in (program.source, program.destination)}
         shown = [program for program in programs if program.edge in entry.links]

@@ -45,7 +45,17 @@ def packets(path: Path) -> list[Packet]:
         if opcode not in (6, 7, 8, 9, 10, 11):
             continue
         src, dst = frame[22:38].hex()[-4:], frame[38:54].hex()[-4:]
-        out.append(Packet(src, dst, opcode, int.from_bytes(bth[5:8], "big"), int.from_bytes(bth[9:12], "big"), reth, frame[at : end - 4 - pad]))
+        out.append(
+            Packet(
+                src,
+                dst,
+                opcode,
+                int.from_bytes(bth[5:8], "big"),
+                int.from_bytes(bth[9:12], "big"),
+                reth,
+                frame[at : end - 4 - pad],
+            )
+        )
     return out
 
 

@@ -15,15 +15,29 @@ __all__ = ["main"]
 
 @click.command(cls=Command, context_settings=command_settings)
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--slots", "slots_path", required=True, type=click.Path(path_type=Path), help="The extractor's slot file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Checkpoint directory; gone on with if it is this job's.")
-@click.option("--dma", multiple=True, metavar="DEVARGS", help="Copy the state into a snapshot's staging buffer with this DMA engine; several share the work.")
+@click.option(
+    "--slots", "slots_path", required=True, type=click.Path(path_type=Path), help="The extractor's slot file."
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Checkpoint directory; gone on with if it is this job's.",
+)
+@click.option(
+    "--dma",
+    multiple=True,
+    metavar="DEVARGS",
+    help="Copy the state into a snapshot's staging buffer with this DMA engine; several share the work.",
+)
 @wait_option
 @busy_option
 @json_option
 @version_option
 @debug_option
-def main(plan: Path, slots_path: Path, out: Path, dma: tuple[str, ...], patience_s: float, busy: bool, as_json: bool) -> None:
+def main(
+    plan: Path, slots_path: Path, out: Path, dma: tuple[str, ...], patience_s: float, busy: bool, as_json: bool
+) -> None:
     """Commit decided iterations to a checkpoint directory and step the training state.
 
     \b
@@ -33,13 +47,17 @@ def main(plan: Path, slots_path: Path, out: Path, dma: tuple[str, ...], patience
     from contextlib import closing
 
     from flowcheck._copy import CopyEngine
+
     from flowcheck.plan import load
     from flowcheck.slots import SlotFile
     from updater.updater import Updater
 
     job = load(plan)
     identity = job.identity()
-    with wait_for(slots_path, lambda: SlotFile.open(slots_path, identity), patience_s) as slots, closing(CopyEngine(dma)) as engine:
+    with (
+        wait_for(slots_path, lambda: SlotFile.open(slots_path, identity), patience_s) as slots,
+        closing(CopyEngine(dma)) as engine,
+    ):
         updater = Updater(job, slots, out, plan_folder=plan.parent, engine=engine)
         with closing(updater):
             run(updater, busy=busy)

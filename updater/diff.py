@@ -53,7 +53,9 @@ def _load(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{name}: cannot be read as a torch file: {(str(error) or 'empty').splitlines()[0]}", name) from error
+        raise CheckpointError(
+            f"{name}: cannot be read as a torch file: {(str(error) or 'empty').splitlines()[0]}", name
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name}: holds a {type(found).__name__}, expected a dictionary of tensors", name)
     model = found.get("model", found)

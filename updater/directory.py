@@ -62,7 +62,9 @@ class Directory:
         path = self.manifest.check(PLAN_NAME)
         plan = plans.load(path)
         if plan.identity() != self.manifest.identity:
-            raise CheckpointError(f"{path}: is not the plan that the manifest was made from; restore both from one copy", str(path))
+            raise CheckpointError(
+                f"{path}: is not the plan that the manifest was made from; restore both from one copy", str(path)
+            )
         return plan
 
     @cached_property
@@ -76,7 +78,9 @@ class Directory:
     @property
     def restorable(self) -> list[int]:
         """Iterations that a state can be restored of, ascending."""
-        return sorted({i for i, (_, state) in self.entries.items() if state == "committed"} | set(self.manifest.snapshots))
+        return sorted(
+            {i for i, (_, state) in self.entries.items() if state == "committed"} | set(self.manifest.snapshots)
+        )
 
     def slot(self, iteration: int) -> tuple[np.ndarray, Revision]:
         """Return a logged iteration's gradient as slot data (buckets on their boundaries), and its revision.
@@ -88,7 +92,9 @@ class Directory:
         entry, state = self.entries.get(iteration, (None, "not in the log"))
         if entry is None or state == "incomplete":
             whole = [i for i, (_, s) in self.entries.items() if s != "incomplete"]
-            raise RestoreError(f"{self.path}: the gradient of iteration {iteration} is {state}; {nearest(whole, iteration)}")
+            raise RestoreError(
+                f"{self.path}: the gradient of iteration {iteration} is {state}; {nearest(whole, iteration)}"
+            )
         revision = self.plan.revision(iteration)
         slot = np.zeros(revision.slot_bytes, np.uint8)
         read_payload(entry, self.manifest.identity, bucket_views(slot, revision))

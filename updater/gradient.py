@@ -37,7 +37,9 @@ def read_gradient(path: str | Path, iteration: int, bucket: int | None = None) -
     chosen = range(count) if bucket is None else [bucket]
     dtypes = sorted({revision.buckets[number].dtype for number in chosen})
     if len(dtypes) > 1:
-        raise ConfigError(f"the buckets of iteration {iteration} have dtypes {', '.join(dtypes)}: choose one with --bucket")
+        raise ConfigError(
+            f"the buckets of iteration {iteration} have dtypes {', '.join(dtypes)}: choose one with --bucket"
+        )
     views = bucket_views(slot, revision)
     flat = np.concatenate([views[number] for number in chosen])
     return flat.view(_NUMPY.get(dtypes[0], dtypes[0]))

@@ -20,7 +20,7 @@ from flowcheck.errors import CheckpointError
 from updater import log_format as form
 from updater.durable import io_errors
 
-__all__ = ["Entry", "Segment", "read_index", "read_incomplete", "read_payload", "segment_paths"]
+__all__ = ["Entry", "Segment", "read_incomplete", "read_index", "read_payload", "segment_paths"]
 
 _NAME = re.compile(r"(\d{6})\.fclog")
 #: A mark may be read while it is being written; a second look then finds it whole.
@@ -32,7 +32,9 @@ def segment_paths(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
     for number, path in enumerate(found, 1):
         if int(path.stem) != number:
-            raise CheckpointError(f"{folder}: segment {number:06}.fclog is missing; restore it from a copy", str(folder))
+            raise CheckpointError(
+                f"{folder}: segment {number:06}.fclog is missing; restore it from a copy", str(folder)
+            )
     return found
 
 
@@ -76,7 +78,9 @@ class Segment:
             raise
 
     def _error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what}; run 'flowcheck verify', restore the file from a copy", str(self.path))
+        return CheckpointError(
+            f"{self.path}: {what}; run 'flowcheck verify', restore the file from a copy", str(self.path)
+        )
 
     def _read_mark(self) -> tuple[int, int]:
         for _ in range(_MARK_READS - 1):
@@ -107,13 +111,17 @@ class Segment:
             yield entry
             offset, records = entry.end, records + 1
         if (offset, records) != (self.committed_end, self.records):
-            raise self._error(f"{records} records up to byte {offset}, the mark says {self.records} to {self.committed_end}")
+            raise self._error(
+                f"{records} records up to byte {offset}, the mark says {self.records} to {self.committed_end}"
+            )
 
     def payload(self, entry: Entry, parts: Sequence[np.ndarray]) -> None:
         """Read a record's payload into contiguous uint8 arrays, as many bytes as it has; CheckpointError if it is not right."""
         size = entry.header.payload_bytes
         if sum(part.size for part in parts) != size:
-            raise self._error(f"iteration {entry.header.iteration} has {size} bytes, the plan expects {sum(p.size for p in parts)}")
+            raise self._error(
+                f"iteration {entry.header.iteration} has {size} bytes, the plan expects {sum(p.size for p in parts)}"
+            )
         at = entry.offset + form.RECORD_HEADER_BYTES
         table = os.pread(self.fd, form.table_bytes(size), at)
         at += len(table)
@@ -122,8 +130,14 @@ class Segment:
             while view.nbytes and (count := os.preadv(self.fd, [view], at)):
                 view, at = view[count:], at + count
         padding = os.pread(self.fd, entry.end - at, at)
-        if form.block_checksums(parts) != (table, entry.header.checksum) or any(padding) or at + len(padding) != entry.end:
-            raise self._error(f"checksum of the record of iteration {entry.header.iteration} (byte {entry.offset}) is wrong")
+        if (
+            form.block_checksums(parts) != (table, entry.header.checksum)
+            or any(padding)
+            or at + len(padding) != entry.end
+        ):
+            raise self._error(
+                f"checksum of the record of iteration {entry.header.iteration} (byte {entry.offset}) is wrong"
+            )
 
     def close(self) -> None:
         """Close the file; may be called again."""

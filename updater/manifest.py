@@ -49,17 +49,25 @@ class Manifest:
         """Return a directory's manifest; CheckpointError if it is absent, or any byte of it is not as it was written."""
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise CheckpointError(f"{folder}: no {MANIFEST_NAME} there: not a checkpoint directory, or nothing is in it yet", str(path))
+            raise CheckpointError(
+                f"{folder}: no {MANIFEST_NAME} there: not a checkpoint directory, or nothing is in it yet", str(path)
+            )
         with io_errors("read", path):
             content = path.read_bytes()
         try:
             document = json.loads(content)
             digest = document.pop("digest")
-            if digest != hashlib.sha256(_encode(document)).hexdigest() or content != _encode({**document, "digest": digest}):
+            if digest != hashlib.sha256(_encode(document)).hexdigest() or content != _encode(
+                {**document, "digest": digest}
+            ):
                 raise ValueError("its digest is wrong")
             if (document["format"], document["version"]) != (_FORMAT, _VERSION):
-                raise ValueError(f"{document['format']} version {document['version']}; this release reads {_FORMAT} {_VERSION}")
-            files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()}
+                raise ValueError(
+                    f"{document['format']} version {document['version']}; this release reads {_FORMAT} {_VERSION}"
+                )
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()
+            }
             if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
                 raise ValueError(f"it names {strange[0]!r}, which no checkpoint directory has")
             return cls(
@@ -103,10 +111,14 @@ class Manifest:
         try:
             found = sha256_of(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; restore the file from a copy", str(path)) from error
+            raise CheckpointError(
+                f"{path}: cannot be read: {error.strerror}; restore the file from a copy", str(path)
+            ) from error
         expected = self.files[name]
         if found != expected:
-            what = f"{found[0]} bytes long, expected {expected[0]}" if found[0] != expected[0] else "its SHA-256 is wrong"
+            what = (
+                f"{found[0]} bytes long, expected {expected[0]}" if found[0] != expected[0] else "its SHA-256 is wrong"
+            )
             raise CheckpointError(f"{path}: {what}; restore the file from a copy", str(path))
         return path
 

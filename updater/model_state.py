@@ -45,7 +45,9 @@ class ModelState:
             if tensor is None:
                 tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
             if entry.kind == "parameter" and entry.parameter not in self._parameters:
-                tensor = self._parameters[entry.parameter] = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+                tensor = self._parameters[entry.parameter] = torch.nn.Parameter(
+                    tensor, requires_grad=tensor.is_floating_point()
+                )
             self.model[entry.key] = tensor
         self.optimizer = self._make_optimizer()
         # torch's foreach forms change gradients in place (SGD with nesterov): they must not do so in a slot.
@@ -87,12 +89,16 @@ class ModelState:
         """Take the model's values from a state_dict; CheckpointError unless keys, shapes and dtypes are the plan's."""
         if set(model) != set(self.model):
             odd = sorted(set(model) ^ set(self.model))[0]
-            raise CheckpointError(f"{origin}: key {odd!r} is {'not in the plan' if odd in model else 'missing'}", origin)
+            raise CheckpointError(
+                f"{origin}: key {odd!r} is {'not in the plan' if odd in model else 'missing'}", origin
+            )
         for key, target in self.model.items():
             found = model[key]
             if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (target.shape, target.dtype):
                 what = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-                raise CheckpointError(f"{origin}: {key!r} is {what}, expected {target.dtype} {list(target.shape)}", origin)
+                raise CheckpointError(
+                    f"{origin}: {key!r} is {what}, expected {target.dtype} {list(target.shape)}", origin
+                )
             with torch.no_grad():
                 target.copy_(found)
 

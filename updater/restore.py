@@ -40,14 +40,18 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         raise RestoreError(f"{path}: attempt {attempt} is not there, only attempt {manifest.attempt}")
     possible = directory.restorable
     if not manifest.has_model:
-        raise RestoreError(f"{path}: the plan has no model, so there is no state; 'flowcheck gradient' gives its gradients")
+        raise RestoreError(
+            f"{path}: the plan has no model, so there is no state; 'flowcheck gradient' gives its gradients"
+        )
     if not possible:
         raise RestoreError(f"{path}: no iteration can be restored: the initial state has not been seen")
     wanted = possible[-1] if iteration is None else iteration
     if wanted not in possible:
         best = min(possible, key=lambda i: (abs(i - wanted), i))
         found = directory.entries.get(wanted, (None, "not in the log"))[1]
-        raise RestoreError(f"{path}: iteration {wanted} cannot be restored: it is {found}; the nearest that can is {best}")
+        raise RestoreError(
+            f"{path}: iteration {wanted} cannot be restored: it is {found}; the nearest that can is {best}"
+        )
     state = load_snapshot(manifest, max(i for i in manifest.snapshots if i <= wanted))
     if state.iteration == wanted:
         return state
@@ -101,7 +105,9 @@ def write_torch(state: State, path: str | Path) -> None:
                     torch.save(_document(state), file)
                 except RuntimeError as error:
                     # torch's way to say that the file took no more
-                    raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+                    raise (
+                        error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
+                    ) from error
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, path)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from flowcheck._copy import CopyEngine
+
 from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.plan import Plan, Revision
 from updater import arithmetic
@@ -28,7 +28,9 @@ def load_snapshot(manifest: Manifest, iteration: int) -> State:
     path = manifest.check(manifest.snapshot_name(iteration))
     state = read_state(path)
     if (state.run_id, state.attempt, state.iteration) != (manifest.run_id, manifest.attempt, iteration):
-        raise CheckpointError(f"{path}: is of run {state.run_id!r}, iteration {state.iteration}; restore the file from a copy", str(path))
+        raise CheckpointError(
+            f"{path}: is of run {state.run_id!r}, iteration {state.iteration}; restore the file from a copy", str(path)
+        )
     return state
 
 
@@ -85,7 +87,8 @@ class Shadow:
             if not np.array_equal(known, content[offset : offset + known.size]):
                 path = self._manifest.folder / self._manifest.snapshot_name(0)
                 raise CheckpointError(
-                    f"{path}: the wire now gives {key!r} another first value; use another directory for another run", str(path)
+                    f"{path}: the wire now gives {key!r} another first value; use another directory for another run",
+                    str(path),
                 )
 
     def begin_from_file(self, path: Path) -> None:
@@ -95,9 +98,13 @@ class Shadow:
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: cannot read the initial state: {str(error).splitlines()[0]}") from error
         if not isinstance(found, dict):
-            raise ConfigError(f"{path}: the initial state is a {type(found).__name__}, expected a dictionary with 'model'")
+            raise ConfigError(
+                f"{path}: the initial state is a {type(found).__name__}, expected a dictionary with 'model'"
+            )
         if found.get("iteration", 0) != 0:
-            raise ConfigError(f"{path}: is the state of iteration {found['iteration']}; the initial state is that of iteration 0")
+            raise ConfigError(
+                f"{path}: is the state of iteration {found['iteration']}; the initial state is that of iteration 0"
+            )
         try:
             self._model.load_model(found.get("model", found), str(path))
             if "optimizer" in found:

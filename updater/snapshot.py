@@ -18,8 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-
 from flowcheck._copy import CopyEngine
+
 from flowcheck.errors import CheckpointError
 from updater._staging import Staging
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
@@ -148,7 +148,9 @@ def read_state(path: Path) -> State:
     try:
         with h5py.File(path, "r") as file:
             if (file.attrs["format"], file.attrs["version"]) != (_FORMAT, _VERSION):
-                raise ValueError(f"{file.attrs['format']} version {file.attrs['version']}, expected {_FORMAT} {_VERSION}")
+                raise ValueError(
+                    f"{file.attrs['format']} version {file.attrs['version']}, expected {_FORMAT} {_VERSION}"
+                )
             model, seen = {}, {}
             for name, dataset in file["model"].items():
                 address = h5py.h5o.get_info(dataset.id).addr
@@ -167,12 +169,18 @@ def read_state(path: Path) -> State:
                 optimizer,
             )
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a training state: {str(error).splitlines()[0]}", str(path)) from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a training state: {str(error).splitlines()[0]}", str(path)
+        ) from error
 
 
 def _read_tensor(dataset: h5py.Dataset) -> torch.Tensor:
     content = np.asarray(dataset[()])
-    flat = torch.from_numpy(np.frombuffer(bytearray(content.tobytes()), np.uint8)) if content.size else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.from_numpy(np.frombuffer(bytearray(content.tobytes()), np.uint8))
+        if content.size
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return flat.view(torch_dtype(dataset.attrs["dtype"])).reshape(content.shape)
 
 

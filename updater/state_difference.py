@@ -24,7 +24,9 @@ def flatten(model: dict[str, torch.Tensor], optimizer: dict[str, Any] | None) ->
     if optimizer is not None:
         for number, values in optimizer["state"].items():
             flat.update({f"optimizer.{number}.{name}": value for name, value in values.items()})
-        flat.update({f"optimizer.param_groups.{number}": group for number, group in enumerate(optimizer["param_groups"])})
+        flat.update(
+            {f"optimizer.param_groups.{number}": group for number, group in enumerate(optimizer["param_groups"])}
+        )
     return flat
 
 
@@ -65,8 +67,9 @@ def _chunks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, np.ndarray,
 
 
 def _distance(x: np.ndarray, y: np.ndarray, floating: bool) -> int:
-    """Return the largest distance of two arrays of bits: in units in the last place for floats (where -0 and +0 lie
-    on neighbouring places, so that they differ), else of the integers.
+    """Return the largest distance of two arrays of bits: in units in the last place for floats, else of the integers.
+
+    Floats' -0 and +0 lie on neighbouring places, so that they differ.
     """
     largest = np.iinfo(x.dtype).max
     if floating:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-
 from flowcheck._copy import CopyEngine
+
 from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.layout import mirrored_ranges
 from flowcheck.plan import Plan
@@ -111,7 +111,9 @@ class Updater:
             index = read_index(log_folder, self._identity)
             self._prior = {e.header.iteration: e for e in index if e.header.iteration >= slots.consumed_next}
             if plan.has_model:
-                self._shadow = _make_shadow(plan, self._manifest, read_index(log_folder, self._identity), engine or CopyEngine())
+                self._shadow = _make_shadow(
+                    plan, self._manifest, read_index(log_folder, self._identity), engine or CopyEngine()
+                )
                 if plan.initial_state.source == "file" and self._shadow.reached is None:
                     self._shadow.begin_from_file(Path(plan_folder) / plan.initial_state.path)
             self._next = max(slots.consumed_next, plan.first_iteration)
@@ -132,16 +134,24 @@ class Updater:
                     f"attempt {job.attempt}; choose another directory"
                 )
             if manifest.identity != self._identity:
-                raise ConfigError(f"{self.folder}: was made from another plan of run {job.run_id!r}; choose another directory")
+                raise ConfigError(
+                    f"{self.folder}: was made from another plan of run {job.run_id!r}; choose another directory"
+                )
             manifest.check(PLAN_NAME)
         else:
             stray = next(iter(sorted((self.folder / LOG_FOLDER).glob("*.fclog"))), None)
             if stray is not None:
-                raise CheckpointError(f"{self.folder}: no {MANIFEST_NAME}, but a log; restore the manifest from a copy", str(stray))
+                raise CheckpointError(
+                    f"{self.folder}: no {MANIFEST_NAME}, but a log; restore the manifest from a copy", str(stray)
+                )
             plan_path = self.folder / PLAN_NAME
             if plan_path.exists() and plan_path.read_bytes() != canonical:
-                raise ConfigError(f"{self.folder}: has a {PLAN_NAME} but no {MANIFEST_NAME}: not a checkpoint directory; choose another")
-            manifest = Manifest(self.folder, self.plan.job.run_id, self.plan.job.attempt, self._identity, self.plan.has_model, True)
+                raise ConfigError(
+                    f"{self.folder}: has a {PLAN_NAME} but no {MANIFEST_NAME}: not a checkpoint directory; choose another"
+                )
+            manifest = Manifest(
+                self.folder, self.plan.job.run_id, self.plan.job.attempt, self._identity, self.plan.has_model, True
+            )
             write_published(self.folder / PLAN_NAME, canonical)
             manifest.add(PLAN_NAME)
         exact = manifest.bit_exact and self._bit_exact_here()
@@ -190,7 +200,9 @@ class Updater:
             return 0
         record = self.slots.slot(self._next)
         if int(record["iteration"]) != self._next:
-            raise CheckpointError(f"the slot of iteration {self._next} holds {record['iteration']}; begin the slot file anew")
+            raise CheckpointError(
+                f"the slot of iteration {self._next} holds {record['iteration']}; begin the slot file anew"
+            )
         whole, segment = int(record["state"]) == _SLOT_WHOLE, self._log.open_segment
         if self._next == 0:
             self._take_initial(whole, record)

@@ -28,13 +28,22 @@ class Verification:
     def document(self) -> dict:
         """Return the document of `verify --json`."""
         problems = [{"file": file, "what": str(error)} for file, error in self.problems]
-        return {"ok": not problems, "files": self.files, "bytes": self.bytes, "problems": problems, "proved_to": self.proved_to}
+        return {
+            "ok": not problems,
+            "files": self.files,
+            "bytes": self.bytes,
+            "problems": problems,
+            "proved_to": self.proved_to,
+        }
 
     @property
     def exit_code(self) -> int:
         """0 if all is well; 5 if a file is corrupt, 6 if only log and snapshot disagree."""
         codes = {error.exit_code for _, error in self.problems}
-        return next((code for code in (CheckpointError.exit_code, DifferenceError.exit_code) if code in codes), max(codes, default=0))
+        return next(
+            (code for code in (CheckpointError.exit_code, DifferenceError.exit_code) if code in codes),
+            max(codes, default=0),
+        )
 
 
 def verify(path: str | Path) -> dict:
@@ -133,7 +142,9 @@ def _replay(result: Verification, directory: Directory) -> None:
             return
         found = differences((model.model, model.optimizer.state_dict()), (kept.model, kept.optimizer))
         if found:
-            what = f"{name}: the log replayed over snapshot {snapshots[0]} gives other bits, first in {found[0]['name']!r}"
+            what = (
+                f"{name}: the log replayed over snapshot {snapshots[0]} gives other bits, first in {found[0]['name']!r}"
+            )
             result.problems.append((name, DifferenceError(what)))
             return
         result.proved_to = reached

@@ -31,23 +31,77 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 @main.command()
 @click.option("--ranks", type=click.IntRange(2, 64), default=2, show_default=True, help="Ranks on the ring.")
-@click.option("--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps, in all.")
+@click.option(
+    "--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps, in all."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder.")
-@click.option("--protocol", type=click.Choice(["ll"]), default="ll", show_default=True, expose_value=False, help="Of the library.")
-@click.option("--nccl", type=click.Choice([f"2.{minor}" for minor in range(12, 20)]), default="2.19", show_default=True, help="Library version.")
-@click.option("--channels", type=click.IntRange(1, 32), default=1, show_default=True, help="Of the communicator; small operations use fewer.")
+@click.option(
+    "--protocol", type=click.Choice(["ll"]), default="ll", show_default=True, expose_value=False, help="Of the library."
+)
+@click.option(
+    "--nccl",
+    type=click.Choice([f"2.{minor}" for minor in range(12, 20)]),
+    default="2.19",
+    show_default=True,
+    help="Library version.",
+)
+@click.option(
+    "--channels",
+    type=click.IntRange(1, 32),
+    default=1,
+    show_default=True,
+    help="Of the communicator; small operations use fewer.",
+)
 @click.option("--pin-channels", is_flag=True, help="Every operation uses all channels and threads.")
-@click.option("--mtu", type=click.Choice(["256", "512", "1024", "2048", "4096"]), default="1024", show_default=True, help="Payload bytes of a packet.")
+@click.option(
+    "--mtu",
+    type=click.Choice(["256", "512", "1024", "2048", "4096"]),
+    default="1024",
+    show_default=True,
+    help="Payload bytes of a packet.",
+)
 @click.option("--ip", type=click.Choice(["4", "6"]), default="6", show_default=True, help="IP version.")
-@click.option("--adaptive-routing", is_flag=True, help="Split messages of more than 8,192 bytes as the library does then.")
-@click.option("--dtype", type=click.Choice(["float32"]), default="float32", show_default=True, expose_value=False, help="Of parameters and gradients.")
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="From torch.optim.")
+@click.option(
+    "--adaptive-routing", is_flag=True, help="Split messages of more than 8,192 bytes as the library does then."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32"]),
+    default="float32",
+    show_default=True,
+    expose_value=False,
+    help="Of parameters and gradients.",
+)
+@click.option(
+    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="From torch.optim."
+)
 @click.option("--fused/--no-fused", default=False, help="The optimizer's fused form.")
-@click.option("--params", "parameters", type=click.IntRange(min=1), default=20_000, show_default=True, help="About so many parameters.")
-@click.option("--bucket-mb", type=click.FloatRange(min=0, min_open=True), default=25.0, show_default=True, help="Most MiB of a rebuilt bucket.")
-@click.option("--links", callback=_links, metavar="N,N..", help="Mirrored links; default: 0 and ranks-1, both sides of rank 0.")
-@click.option("--start-psn", type=click.IntRange(0, 2**24 - 1), default=0, show_default=True, help="First packet sequence number.")
-@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on after the state in this torch file; only truth is written then.")
+@click.option(
+    "--params",
+    "parameters",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    help="About so many parameters.",
+)
+@click.option(
+    "--bucket-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=25.0,
+    show_default=True,
+    help="Most MiB of a rebuilt bucket.",
+)
+@click.option(
+    "--links", callback=_links, metavar="N,N..", help="Mirrored links; default: 0 and ranks-1, both sides of rank 0."
+)
+@click.option(
+    "--start-psn", type=click.IntRange(0, 2**24 - 1), default=0, show_default=True, help="First packet sequence number."
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Go on after the state in this torch file; only truth is written then.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**20), default=1, show_default=True, help="Of model and data.")
 @debug_option
 def record(mtu: str, ip: str, **options: Any) -> None:

@@ -51,7 +51,11 @@ def frame(path: Path, opcode: int, queue_pair: int, psn: int, extended: bytes = 
         ip = struct.pack(">IHBB", 6 << 28, 8 + len(body) + 4, 17, _TTL) + source.packed + destination.packed
         masked = b"\x6f\xff\xff\xff" + ip[4:7] + b"\xff" + ip[8:]
     else:
-        ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + 8 + len(body) + 4, 0, 0x4000, _TTL, 17, 0) + source.packed + destination.packed
+        ip = (
+            struct.pack(">BBHHHBBH", 0x45, 0, 20 + 8 + len(body) + 4, 0, 0x4000, _TTL, 17, 0)
+            + source.packed
+            + destination.packed
+        )
         total = sum(struct.unpack(">10H", ip))
         total = (total & 0xFFFF) + (total >> 16)
         ip = ip[:10] + struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + ip[12:]

@@ -27,7 +27,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output for (batch, time, width)."""
         rows, time, width = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(rows, time, 3 * HEADS, width // HEADS).transpose(1, 2).chunk(3, 1)
+        q, k, v = (
+            self.qkv(self.norm_attention(x)).view(rows, time, 3 * HEADS, width // HEADS).transpose(1, 2).chunk(3, 1)
+        )
         attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.projection(attended.transpose(1, 2).reshape(rows, time, width))
         return x + self.mlp(self.norm_mlp(x))

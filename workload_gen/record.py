@@ -208,13 +208,20 @@ def _start_up(fabric: Fabric, model: gpt.GPT, ranks: int) -> None:
     """Record what DDP does when it is made: check the parameter count and shapes, broadcast the values."""
     parameters = list(model.parameters())
     fabric.all_gather([np.array([len(parameters)], "<i8").tobytes()] * ranks)
-    described = itertools.chain(itertools.chain(*(p.shape for p in parameters)), itertools.chain(*(p.stride() for p in parameters)))
+    described = itertools.chain(
+        itertools.chain(*(p.shape for p in parameters)), itertools.chain(*(p.stride() for p in parameters))
+    )
     fabric.broadcast(np.array(list(described), "<i8").tobytes())
     fabric.broadcast(torch.cat([p.detach().reshape(-1) for p in parameters]).numpy().tobytes())
 
 
 def _step(
-    fabric: Fabric, model: gpt.GPT, optimizer: torch.optim.Optimizer, recording: Recording, iteration: int, buckets: list[list[str]]
+    fabric: Fabric,
+    model: gpt.GPT,
+    optimizer: torch.optim.Optimizer,
+    recording: Recording,
+    iteration: int,
+    buckets: list[list[str]],
 ) -> None:
     """Do one iteration of all ranks: backward on each one's batch, all-reduce of each bucket, one optimizer step."""
     named = dict(model.named_parameters())

@@ -155,7 +155,9 @@ class Fabric:
         where = 0x7F00_0000_0820 + sender.messages % entries * CREDIT_STRIDE
         extended = struct.pack(">QII", where, 0x2000 + sender.credit_queue_pair, CREDIT_BYTES)
         psn = sender.start_psn + sender.messages
-        self._write(sender, frames.frame(sender.backward, frames.WRITE_ONLY, sender.credit_queue_pair, psn, extended, element))
+        self._write(
+            sender, frames.frame(sender.backward, frames.WRITE_ONLY, sender.credit_queue_pair, psn, extended, element)
+        )
         self._write(sender, frames.ack(sender.forward, sender.data_queue_pair, psn, sender.messages + 1))
 
     def _write(self, sender: Sender, frame: bytes) -> None:

@@ -45,7 +45,10 @@ def test_a_record_header_is_one_cache_line():
 
 
 def test_cursors_have_their_cache_lines_to_themselves():
-    for dtype, names in ((formats.RING_HEADER, "written parsed extracted ended"), (formats.SLOTS_HEADER, "settled_next consumed_next ended")):
+    for dtype, names in (
+        (formats.RING_HEADER, "written parsed extracted ended"),
+        (formats.SLOTS_HEADER, "settled_next consumed_next ended"),
+    ):
         lines = [dtype.fields[n][1] // 64 for n in names.split()]
         assert all(dtype.fields[n][1] % 64 == 0 for n in names.split())
         assert len(set(lines)) == len(lines)

@@ -109,7 +109,14 @@ def test_buckets_begin_on_cache_lines_and_ranges_come_back_flat():
         del document[key]
     document["shards"][0]["startup"] = []
     document["shards"][0]["revisions"] = [
-        {"from_iteration": 1, "buckets": [{"dtype": "float32", "elements": 5}, {"dtype": "bfloat16", "elements": 33}, {"dtype": "int8", "elements": 1}]}
+        {
+            "from_iteration": 1,
+            "buckets": [
+                {"dtype": "float32", "elements": 5},
+                {"dtype": "bfloat16", "elements": 33},
+                {"dtype": "int8", "elements": 1},
+            ],
+        }
     ]
     plan = plans.parse(json.dumps(document))
     assert plan.revision(1).bucket_offsets == [0, 64, 192]

@@ -168,7 +168,9 @@ def test_one_flipped_bit_is_found_wherever_it_is(checkpoint, tmp_path):
         if restored.returncode == 0:
             # What it took was not what was hurt: the bits must be right.
             right = tmp_path / "right.pt"
-            assert flowcheck("restore", checkpoint, "--iteration", 10, "--format", "torch", "--out", right).returncode == 0
+            assert (
+                flowcheck("restore", checkpoint, "--iteration", 10, "--format", "torch", "--out", right).returncode == 0
+            )
             assert flowcheck("diff", state, right).returncode == 0
             state.unlink()
         else:
@@ -187,7 +189,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_was_committed(plan, captu
     """On 256 KiB a few iterations of 20,000 bytes fit; then the same directory, given room, goes on."""
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
-    script = f"mount -t tmpfs -o size=256k none {disk} && \"$@\"; status=$?; cp -a {disk}/out {out}; exit $status"
+    script = f'mount -t tmpfs -o size=256k none {disk} && "$@"; status=$?; cp -a {disk}/out {out}; exit $status'
     prefix = ("unshare", "-m", "sh", "-c", script, "sh")
     done = replay(plan, capture, disk / "out", prefix=prefix)
     refused(done, 1, "No space left")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`flowcheck replay` over captures of real jobs, against what a plain reader sees on the wire."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -38,7 +39,11 @@ def gradient(out, iteration, tmp_path):
 
 
 def sums_up(packets):
-    parts = [v for k, v in packets.items() if k not in ("received", "missed_by_port", "per_stream", "engine_bytes", "engine_failed")]
+    parts = [
+        v
+        for k, v in packets.items()
+        if k not in ("received", "missed_by_port", "per_stream", "engine_bytes", "engine_failed")
+    ]
     return packets["received"] == sum(parts)
 
 
@@ -50,9 +55,9 @@ def bothways(captures, tmp_path_factory):
 
 def test_twenty_iterations_of_a_real_job_are_committed(bothways):
     _, report = bothways
-    assert [(i["iteration"], i["state"], i["bytes"], i["placed_bytes"], i["missing"]) for i in report["iterations"]] == [
-        (n, "committed", 20000, 20000, []) for n in range(1, 21)
-    ]
+    assert [
+        (i["iteration"], i["state"], i["bytes"], i["placed_bytes"], i["missing"]) for i in report["iterations"]
+    ] == [(n, "committed", 20000, 20000, []) for n in range(1, 21)]
     assert report["snapshots"][0] == 0 and report["snapshots"][-1] == 20
 
 
@@ -123,7 +128,7 @@ def test_truncated_capture_names_the_missing_ranges(captures, tmp_path):
             continue
         got[begin : begin + len(packet.payload) // 2] = b"\1" * (len(packet.payload) // 2)
     edges = [0, *[i for i in range(1, 40000) if got[i] != got[i - 1]], 40000]
-    missing = [[a, b] for a, b in zip(edges, edges[1:], strict=False) if not got[a]]
+    missing = [[a, b] for a, b in itertools.pairwise(edges) if not got[a]]
     assert row["state"] == "incomplete" and row["missing"] == missing and len(missing) >= 2
     assert row["placed_bytes"] == sum(got)
 
@@ -145,7 +150,9 @@ def test_two_channels_without_a_model_end_whole(captures, tmp_path, name):
 
 
 def test_two_streams_of_one_capture_give_the_same_bits(bothways, captures, tmp_path):
-    report = replay(captures, BOTHWAYS, tmp_path / "out", plan=f"{BOTHWAYS}-two-streams", streams=("inbound", "outbound"))
+    report = replay(
+        captures, BOTHWAYS, tmp_path / "out", plan=f"{BOTHWAYS}-two-streams", streams=("inbound", "outbound")
+    )
     assert [i["state"] for i in report["iterations"]] == ["committed"] * 20
     flowcheck("diff", f"{bothways[0]}@20", f"{tmp_path / 'out'}@20")
 
@@ -156,7 +163,9 @@ def test_dma_engines_copy_the_same_bits(bothways, captures, tmp_path):
     by_cpu, by_engine = bothways[1]["packets"], report["packets"]
     frames = sum(len(frame) for frame in wire.frames(captures / f"{BOTHWAYS}.pcapng"))
     assert by_engine.pop("engine_bytes")["dump"] == frames and by_cpu["engine_bytes"]["dump"] == 0
-    assert {k: v for k, v in by_engine.items() if k != "per_stream"} == {k: by_cpu[k] for k in by_engine if k != "per_stream"}
+    assert {k: v for k, v in by_engine.items() if k != "per_stream"} == {
+        k: by_cpu[k] for k in by_engine if k != "per_stream"
+    }
     flowcheck("diff", f"{bothways[0]}@20", f"{tmp_path / 'out'}@20")
 
 

@@ -49,7 +49,17 @@ def listing(folder):
 
 
 def snapshot(folder, path):
-    command = [sys.executable, "-m", "flowcheck", "restore", str(folder / "out"), "--format", "hdf5", "--out", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "flowcheck",
+        "restore",
+        str(folder / "out"),
+        "--format",
+        "hdf5",
+        "--out",
+        str(path),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     import h5py
 

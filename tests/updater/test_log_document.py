@@ -58,7 +58,13 @@ def test_record_is_as_drawn(log):
     record = data[256:]
     value = {name: record[where] for name, where in fields.items()}
     assert end == 64 and value["magic"] == bytes.fromhex("8946 4349 5445 520A")
-    assert [number(value[n]) for n in ("kind", "attempt", "iteration", "revision", "payload_bytes")] == [1, 3, 17, 2, 100]
+    assert [number(value[n]) for n in ("kind", "attempt", "iteration", "revision", "payload_bytes")] == [
+        1,
+        3,
+        17,
+        2,
+        100,
+    ]
     assert number(value["checksum"]) == crc32c(record[:60])
     assert struct.unpack_from("<I", record, 64)[0] == crc32c(payload)
     assert record[128:228] == payload and len(record) == 256
