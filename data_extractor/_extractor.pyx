@@ -55,6 +55,7 @@ cdef struct ring_view:
     uint32_t block_bytes
     uint64_t connections        # bit per connection of the plan that this stream shows
     uint64_t last_record_ns     # monotonic; when there was last something to read
+    uint64_t stalled_at         # iteration of the record that waits for a slot; 0: none does
     fc_extract_state state
 
 cdef struct revision_view:
@@ -128,6 +129,7 @@ cdef class ExtractLoop:
             self.rings[i].block = &view[0] + self.rings[i].header.extract_state_offset
             self.rings[i].block_bytes = self.rings[i].header.extract_state_bytes
             self.rings[i].connections = connections[i]
+            self.rings[i].stalled_at = 0
             memset(&self.rings[i].state, 0, sizeof(fc_extract_state))
         view = slots_memory
         self._keep.append(view)
@@ -365,6 +367,10 @@ cdef class ExtractLoop:
             for connection in range(MOST_CONNECTIONS):
                 if not ring.connections >> connection & 1 or ring.state.settled[connection] > iteration:
                     continue
+                # A stream that waits so far ahead has shown all it will of this one: the ring's edges depend on each
+                # other, none runs ahead of another by an iteration. Without this, a dead connection would block it.
+                if ring.stalled_at >= iteration + self.header.slots:
+                    continue
                 if out:
                     ended[0] = True
                 elif not ring.header.live or now - ring.last_record_ns < self.silence_ns:
@@ -407,7 +413,9 @@ cdef class ExtractLoop:
         cdef uint64_t end = parsed if parsed - at < BURST else at + BURST
         cdef fc_record *record
         cdef uint8_t verdict
-        cdef uint64_t past, bytes_before = self.engine.engine_bytes, failed_before = self.engine.engine_failed
+        cdef uint64_t past
+        cdef uint64_t bytes_before = self.engine.engine_bytes, failed_before = self.engine.engine_failed
+        ring.stalled_at = 0
         while at < end:
             record = <fc_record *> (ring.records + (at & ring.mask) * ring.record_bytes)
             rte_prefetch0(ring.records + ((at + 2) & ring.mask) * ring.record_bytes)
@@ -422,6 +430,7 @@ cdef class ExtractLoop:
             if verdict == FC_PLACED or verdict == FC_INITIAL_STATE:
                 verdict = self._place(ring, record)
                 if verdict == STALLED:
+                    ring.stalled_at = record.iteration
                     break
                 record.decision = verdict
             ring.state.counters[verdict] += 1
