@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Frames arrive in the ring as they are in the file, by CPU and by DMA engines, also by ones that fail."""
+
+import itertools
+import struct
+import sys
+
+import numpy as np
+import pytest
+from flowcheck._copy import CopyEngine
+
+from flowcheck.eal import Eal
+from flowcheck.errors import CaptureError, DeviceError
+from flowcheck.ring import PacketRing
+from packet_dump.dump import FileDump, PortDump
+from tests import jobs, wire
+from tests.packet_dump import dma_faults
+
+pytestmark = pytest.mark.dpdk
+_devices = itertools.count(100)
+
+
+@pytest.fixture(scope="module")
+def eal():
+    return Eal.start()
+
+
+def write_pcap(path, frames):
+    with open(path, "wb") as file:
+        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, 1))
+        for number, frame in enumerate(frames):
+            file.write(struct.pack("<IIII", 1_700_000_000 + number, number, len(frame), len(frame)) + frame)
+    return path
+
+
+def frames_of(count, seed=0, longest=1200):
+    rng = np.random.default_rng(seed)
+    return [rng.bytes(int(rng.integers(14, longest))) for _ in range(count)]
+
+
+def ring(tmp_path, records=1024, frame_bytes=1300, name="r"):
+    plan = jobs.plan()
+    path = tmp_path / name
+    return PacketRing.create(path, frame_bytes=frame_bytes, records=records, identity=plan.identity(), stream="host0")
+
+
+def run(dump, ring, limit=100_000):
+    """Poll to the end, reading and giving back as a parser and an extractor would."""
+    frames, times = [], []
+    for _ in range(limit):
+        dump.poll()
+        while len(frames) < ring.written:
+            record = ring.record(len(frames))
+            assert int(record["sequence"][0]) == len(frames)
+            assert int(record["decision"][0]) == int(record["verdict"][0]) == 0
+            times.append(int(record["timestamp_ns"][0]))
+            frames.append(ring.frame(len(frames)))
+        jobs.publish(ring, "extracted", len(frames))
+        if dump.finished:
+            return frames, times
+    raise AssertionError("the dump does not finish")
+
+
+def engines(kind):
+    names = {"cpu": (), "one": 1, "two": 2}[kind] or ()
+    return CopyEngine([f"dma_skeleton{next(_devices)}" for _ in range(names)] if names else ())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "one", "two"])
+def test_every_frame_arrives_in_order_through_a_small_ring(eal, tmp_path, kind):
+    sent = frames_of(3000)
+    path = write_pcap(tmp_path / "with, comma = and space.pcap", sent)
+    engine = engines(kind)
+    with ring(tmp_path, records=64) as target:
+        dump = FileDump(eal, path, target, engine)
+        got, times = run(dump, target)
+        counters = dump.counters()
+        dump.close()
+        engine.close()
+    assert got == sent
+    assert times == [(1_700_000_000 + n) * 10**9 + n * 1000 for n in range(3000)]
+    assert counters["received"] == 3000 and counters["dropped_ring_full"] == 0
+    assert counters["engine_bytes"] == (0 if kind == "cpu" else sum(map(len, sent)))
+
+
+@pytest.mark.captures
+def test_every_frame_of_the_real_captures_arrives(eal, captures, tmp_path):
+    for number, path in enumerate(sorted(captures.glob("ll-*.pcapng"))):
+        with ring(tmp_path, frame_bytes=4288, name=f"r{number}") as target:
+            dump = FileDump(eal, path, target)
+            got, _ = run(dump, target)
+            dump.close()
+        assert got == [frame[:4288] for frame in wire.frames(path)]
+
+
+def test_copies_that_fail_are_done_again_and_counted(eal, tmp_path):
+    sent = frames_of(1000, seed=1)
+    engine = engines("two")
+    faults = dma_faults.load(tmp_path)
+    faults.fail_every(7)
+    with ring(tmp_path) as target:
+        dump = FileDump(eal, write_pcap(tmp_path / "a.pcap", sent), target, engine)
+        got, _ = run(dump, target)
+        counters = dump.counters()
+        dump.close()
+        engine.close()
+    assert got == sent
+    assert counters["engine_failed"] == faults.failed() > 100
+    assert 0 < counters["engine_bytes"] < sum(map(len, sent))
+
+
+def test_frames_longer_than_a_record_keep_their_length(eal, tmp_path):
+    sent = [b"\x11" * 60, b"\x22" * 5000, b"\x33" * 20000, b"\x44" * 60]
+    with ring(tmp_path, frame_bytes=512) as target:
+        dump = FileDump(eal, write_pcap(tmp_path / "a.pcap", sent), target)
+        got, _ = run(dump, target)
+        lengths = [int(target.record(n)["frame_length"][0]) for n in range(4)]
+        dump.close()
+    assert got == [frame[:512] for frame in sent] and lengths == [60, 5000, 20000, 60]
+
+
+def test_taken_over_at_any_burst_it_goes_on_where_it_was(eal, tmp_path):
+    sent = frames_of(700, seed=2)
+    path = write_pcap(tmp_path / "a.pcap", sent)
+    with ring(tmp_path) as target:
+        for _ in range(100):
+            dump = FileDump(eal, path, target)
+            before = target.written
+            while target.written == before and not dump.finished:
+                dump.poll()
+            done = dump.finished
+            counters = dump.counters()
+            dump.close()
+            if done:
+                break
+        assert [target.frame(n) for n in range(target.written)] == sent and counters["received"] == 700
+
+
+def test_another_file_than_the_ring_began_with_is_refused(eal, tmp_path):
+    with ring(tmp_path) as target:
+        dump = FileDump(eal, write_pcap(tmp_path / "a.pcap", frames_of(50)), target)
+        run(dump, target)
+        dump.close()
+        with pytest.raises(CaptureError, match="earlier dump"):
+            FileDump(eal, write_pcap(tmp_path / "b.pcap", frames_of(10)), target)
+
+
+def test_a_port_drops_what_a_full_ring_cannot_take_and_counts_it(eal, tmp_path):
+    with ring(tmp_path, records=64) as target:
+        dump = PortDump(eal, f"net_null{next(_devices)},size=256", target)
+        for _ in range(50):
+            dump.poll()
+        dump.stop()
+        counters = dump.counters()
+        dump.close()
+        assert target.written == 64 and target.ended
+    assert counters["dropped_ring_full"] > 1000
+    assert counters["received"] == 64 + counters["dropped_ring_full"]
+
+
+def test_devices_that_are_not_there_are_device_errors(eal, tmp_path):
+    with ring(tmp_path) as target, pytest.raises(DeviceError):
+        PortDump(eal, "net_no_such_driver0", target)
+    with pytest.raises(DeviceError):
+        CopyEngine(["dma_no_such_driver0"])
+
+
+def test_buffers_and_ports_are_given_back(eal, tmp_path):
+    path = write_pcap(tmp_path / "a.pcap", frames_of(20))
+    for number in range(60):  # each takes 10 MB of 512
+        with ring(tmp_path, name=f"r{number}") as target:
+            dump = FileDump(eal, path, target)
+            run(dump, target)
+            dump.close()
+    assert sys.modules["packet_dump._dump"]
