@@ -237,12 +237,13 @@ cdef class Scan:
         entry.highest = psn
 
     cdef int _message(self, flow *entry, const fc_wire *wire, const uint8_t *payload, uint64_t psn) noexcept nogil:
-        cdef bint first = wire.has & FC_IS_FIRST
-        cdef bint last = wire.has & FC_IS_LAST
+        cdef bint first = (wire.has & FC_IS_FIRST) != 0
+        cdef bint last = (wire.has & FC_IS_LAST) != 0
         cdef bint whole
-        if entry.is_open and (first or psn != entry.expected):
-            if self._close(entry, False) < 0:
-                return -2
+        if entry.is_open and first and self._close(entry, False) < 0:
+            return -2
+        if entry.is_open and psn != entry.expected:
+            entry.open_message.complete = 0
         if not entry.is_open:
             memset(&entry.open_message, 0, sizeof(message))
             entry.open_message.psn = psn
@@ -300,8 +301,8 @@ cdef class Scan:
                 entry.encodings |= SAW_LL
             elif entry.may & MAY_LL128 and entry.open_message.bytes % 2048 == 0:
                 entry.encodings |= SAW_LL128
-            else:
-                entry.encodings |= SAW_PLAIN
+            elif whole:
+                entry.encodings |= SAW_PLAIN  # of a message with a hole, what the flags say is no evidence
         if not self.keep:
             return 0
         if entry.listed == entry.room:
