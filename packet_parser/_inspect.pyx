@@ -237,8 +237,8 @@ cdef class Scan:
         entry.highest = psn
 
     cdef int _message(self, flow *entry, const fc_wire *wire, const uint8_t *payload, uint64_t psn) noexcept nogil:
-        cdef bint first = wire.has & FC_IS_FIRST
-        cdef bint last = wire.has & FC_IS_LAST
+        cdef bint first = (wire.has & FC_IS_FIRST) != 0  # the bit does not fit into a byte
+        cdef bint last = (wire.has & FC_IS_LAST) != 0
         cdef bint whole
         if entry.is_open and (first or psn != entry.expected):
             if self._close(entry, False) < 0:
