@@ -43,7 +43,7 @@ def differences(first: tuple[dict, dict | None], second: tuple[dict, dict | None
 
 def _difference(name: str, a: Any, b: Any) -> dict | None:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        same = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and repr(a) == repr(b)
+        same = not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and _plain(a) == _plain(b)
         elements = max((t.numel() for t in (a, b) if isinstance(t, torch.Tensor)), default=1)
         return None if same else {"name": name, "elements": elements, "first_index": 0, "max_ulp": INCOMPARABLE}
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -56,6 +56,11 @@ def _difference(name: str, a: Any, b: Any) -> dict | None:
             elements += int(where.size)
             max_ulp = max(max_ulp, _distance(x[where], y[where], a.dtype.is_floating_point))
     return {"name": name, "elements": elements, "first_index": first_index, "max_ulp": max_ulp} if elements else None
+
+
+def _plain(value: Any) -> str:
+    """Return a value that is no tensor as text that tells 0 from 0.0 and -0.0, whatever order its keys have."""
+    return repr(sorted(value.items())) if isinstance(value, dict) else repr(value)
 
 
 def _chunks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

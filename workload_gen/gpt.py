@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import nn
 
@@ -66,6 +68,8 @@ def build(parameters: int, seed: int) -> GPT:
 
 def batch(seed: int, rank: int, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (inputs, targets) of a rank's batch in an iteration: nothing to remember between iterations."""
-    generator = torch.Generator().manual_seed((seed << 40) + (rank << 32) + iteration)
+    # torch's CPU generator takes the low 32 bits of a seed: all three numbers must be in them.
+    mixed = zlib.crc32(f"{seed} {rank} {iteration}".encode())
+    generator = torch.Generator().manual_seed(mixed)
     text = torch.randint(0, VOCABULARY, (BATCH, CONTEXT + 1), generator=generator)
     return text[:, :-1], text[:, 1:]

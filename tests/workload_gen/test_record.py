@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""What `record` leaves replays to the trainer's own bits, at every iteration."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from scapy.contrib.roce import BTH
+from scapy.layers.l2 import Ether
+from scapy.utils import PcapNgReader
+
+from workload_gen import gpt
+from workload_gen.record import Recording, record
+
+pytestmark = pytest.mark.dpdk
+
+
+def flowcheck(*arguments, status=0):
+    command = [sys.executable, "-m", "flowcheck", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout
+
+
+def replay(folder, out):
+    streams = [s["name"] for s in json.loads((folder / "plan.json").read_text())["shards"][0]["streams"]]
+    pairs = [word for name in streams for word in ("--stream", f"{name}={folder / name}.pcapng")]
+    return json.loads(flowcheck("replay", folder / "plan.json", *pairs, "--out", out, "--json", "--require-complete"))
+
+
+def truth(folder, iteration):
+    return torch.load(folder / "truth" / f"iteration-{iteration:06}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ranks": 2, "channels": 2, "optimizer": "adamw", "mtu": 4096, "parameters": 60_000},
+        {"ranks": 3, "optimizer": "adamw", "fused": True, "ip": 4, "start_psn": 2**24 - 60, "bucket_mb": 0.02},
+        {"ranks": 4, "adaptive_routing": True, "nccl": "2.14", "mtu": 512, "parameters": 90_000, "links": (1, 2)},
+        {"ranks": 5, "channels": 3, "pin_channels": True, "mtu": 256, "fused": True},
+        {"ranks": 3, "links": (0, 1, 2), "mtu": 2048},
+    ],
+    ids=str,
+)
+def test_every_iteration_has_the_trainers_bits(tmp_path, options):
+    recording = Recording(out=tmp_path / "recording", iterations=4, **options)
+    record(recording)
+    report = replay(recording.out, tmp_path / "out")
+    assert [i["state"] for i in report["iterations"]] == ["committed"] * 4 and report["bit_exact"]
+    for iteration in range(1, 5):
+        flowcheck("diff", f"{tmp_path / 'out'}@{iteration}", recording.out / "truth" / f"iteration-{iteration:06}.pt")
+    if recording.ranks > 2:
+        assert report["packets"]["duplicate"] > 0  # some chunks are on two links, and were compared
+
+
+def test_the_sums_are_those_of_a_plain_ring(tmp_path):
+    """Truth from torch alone: gradients per rank, added chunk by chunk in ring order; 3 ranks, so that order matters."""
+    ranks, recording = 3, Recording(out=tmp_path / "r", ranks=3, iterations=1, seed=9)
+    record(recording)
+    model = gpt.build(recording.parameters, 9)
+    flats = []
+    for rank in range(ranks):
+        inputs, targets = gpt.batch(9, rank, 1)
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        flats.append(torch.cat([(p.grad / ranks).flatten() for p in model.parameters()]).numpy())
+    count = len(flats[0])
+    # LL, one channel, 512 threads of two elements each: chunks are multiples of 1,024 elements, at most 8,192
+    total, begin = np.empty(count, np.float32), 0
+    while begin < count:
+        chunk = min(8192, -(-(count - begin) // (ranks * 1024)) * 1024)
+        for number in range(ranks):
+            piece = slice(min(begin + number * chunk, count), min(begin + (number + 1) * chunk, count))
+            running = flats[(number + 1) % ranks][piece]
+            for hop in range(2, ranks + 1):
+                running = flats[(number + hop) % ranks][piece] + running
+            total[piece] = running
+        begin += ranks * 8192
+    assert not np.array_equal(total, (flats[0] + flats[1]) + flats[2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    pieces = torch.from_numpy(total).split([p.numel() for p in model.parameters()])
+    for parameter, piece in zip(model.parameters(), pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)
+    optimizer.step()
+    found = truth(recording.out, 1)["model"]
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path, ranks):
+    whole = Recording(out=tmp_path / "whole", ranks=ranks, iterations=7, optimizer="adamw", bucket_mb=0.02)
+    record(whole)
+    at = whole.out / "truth" / "iteration-000003.pt"
+    record(Recording(out=tmp_path / "rest", ranks=ranks, iterations=7, optimizer="adamw", bucket_mb=0.02, resume=at))
+    first, second = truth(whole.out, 7), truth(tmp_path / "rest", 7)
+    assert all(torch.equal(first["model"][k], v) for k, v in second["model"].items())
+    assert not (tmp_path / "rest" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("ip", [4, 6])
+def test_frames_are_what_scapy_builds_from_their_fields(tmp_path, ip):
+    record(Recording(out=tmp_path / "r", iterations=1, ip=ip))
+    with PcapNgReader(str(tmp_path / "r" / "link-0.pcapng")) as reader:
+        frames = [bytes(packet) for packet in reader]
+    assert len(frames) > 50
+    for frame in frames[:60]:
+        packet = Ether(frame)
+        assert BTH in packet
+        right = packet[BTH].icrc
+        packet[BTH].icrc = None
+        assert Ether(bytes(packet))[BTH].icrc == right
+    assert {zlib.crc32(frame) for frame in frames} and {frame[12:14] for frame in frames} == {
+        b"\x08\x00" if ip == 4 else b"\x86\xdd"
+    }
+
+
+def test_options_that_cannot_be_are_refused(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from workload_gen.cli import main; main()",
+        "record",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    for words, status in (
+        (["--nccl", "2.21"], 2), (["--protocol", "simple"], 2), (["--mtu", "1500"], 2), (["--links", "x"], 2),
+        (["--links", "0,2"], 3), (["--qps", "2"], 2), (["--resume", str(tmp_path / "none")], 3),
+    ):  # fmt: skip
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == status, (words, done.stderr)
+    assert not (tmp_path / "r" / "plan.json").exists()
+
+
+def peak_kib(*arguments):
+    """Return the largest resident set of a command."""
+    process = subprocess.Popen([sys.executable, "-m", "flowcheck", *map(str, arguments)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+    assert status == 0
+    return usage.ru_maxrss
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path):
+    """The peak of 1,000 iterations is within 5% of that of 10."""
+    peaks = []
+    for iterations in (10, 1000):
+        recording = Recording(out=tmp_path / f"r{iterations}", iterations=iterations, parameters=5000, mtu=4096)
+        record(recording)
+        pairs = [w for n in (0, 1) for w in ("--stream", f"link-{n}={recording.out}/link-{n}.pcapng")]
+        peaks.append(
+            peak_kib("replay", recording.out / "plan.json", *pairs, "--out", tmp_path / f"o{iterations}", "--json")
+        )
+    assert peaks[1] < 1.05 * peaks[0], peaks
