@@ -8,20 +8,19 @@ This is the Python side: creating, opening and reading cursors. Each stage's loo
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from flowcheck import _atomics
+from flowcheck import _atomics, mapped
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, RECORD, RING_HEADER, RING_MAGIC, VERSION
+from flowcheck.mapped import PAGE
 from flowcheck.plan import Plan
 
 __all__ = ["PacketRing"]
 
-PAGE = 4096
 #: Bytes of headers around an MTU of payload: Ethernet with four tags, IPv6 with some extension headers, UDP, BTH,
 #: RETH, immediate, pad and ICRC.
 FRAME_HEADROOM = 192
@@ -84,29 +83,15 @@ class PacketRing:
         header["stream"] = stream.encode()
         for stage, (offset, copy) in blocks.items():
             header[f"{stage}_state_offset"], header[f"{stage}_state_bytes"] = offset, copy
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, header_bytes + records * int(header["record_bytes"]))
-            os.pwrite(descriptor, header.tobytes(), 0)
-            os.link(temporary, path)
-        finally:
-            os.close(descriptor)
-            os.unlink(temporary)
+        mapped.create(path, header_bytes + records * int(header["record_bytes"]), {0: header.tobytes()})
         return cls.open(path, identity)
 
     @classmethod
     def open(cls, path: str | Path, identity: bytes | None = None) -> PacketRing:
         """Map an existing ring; RingFormatError if it is none, ConfigError if it is another job's."""
         path = Path(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size < PAGE:
-                raise RingFormatError(f"{path}: {size} bytes are too few for a packet ring", str(path))
-            memory = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+        memory = mapped.map_file(path, "packet ring", RingFormatError)
+        size = len(memory)
         header = np.frombuffer(memory, RING_HEADER, 1)[0].copy()
         blocks, header_bytes = _state_blocks()
         expected = {"version": VERSION, "header_bytes": header_bytes}
@@ -189,10 +174,7 @@ class PacketRing:
 
     def close(self) -> None:
         """Give the mapping up; views handed out keep it until they go."""
-        try:
-            self.memory.close()
-        except BufferError:
-            pass  # a stage still holds a view: the mapping goes with it
+        mapped.unmap(self.memory)
 
     def __enter__(self) -> PacketRing:
         return self

@@ -9,21 +9,20 @@ the file. The extractor opens and settles slots; the updater gives them back by 
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from flowcheck import _atomics
+from flowcheck import _atomics, mapped
 from flowcheck.errors import ConfigError, SlotFormatError
 from flowcheck.formats import SLOT, SLOTS_HEADER, SLOTS_MAGIC, VERSION
+from flowcheck.mapped import PAGE
 from flowcheck.plan import Plan
 
 __all__ = ["EMPTY", "FILLING", "INCOMPLETE", "REASONS", "UNIT_BYTES", "WHOLE", "SlotFile"]
 
 UNIT_BYTES = 8
-PAGE = 4096
 EMPTY, FILLING, WHOLE, INCOMPLETE = range(4)
 #: Names of fc_slot.reason.
 REASONS = (None, "missing", "conflict", "end_of_stream")
@@ -76,39 +75,25 @@ class SlotFile:
         header["settled_next"] = header["consumed_next"] = first_iteration
         initial_size = _slot_offsets(initial_bytes)[3] if initial_bytes else 0
         size = PAGE + initial_size + slots * int(header["slot_bytes"])
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            os.pwrite(descriptor, header.tobytes(), 0)
-            for number in range(-1 if initial_bytes else 0, slots):
-                room = initial_bytes if number < 0 else gradient_bytes
-                slot = np.zeros((), SLOT)
-                slot["iteration"] = np.uint64(2**64 - 1)  # of nobody yet
-                slot["claim_offset"], slot["done_offset"], slot["data_offset"], _ = _slot_offsets(room)
-                slot["data_bytes"] = room
-                begin = PAGE if number < 0 else PAGE + initial_size + number * int(header["slot_bytes"])
-                os.pwrite(descriptor, slot.tobytes(), begin)
-            os.link(temporary, path)
-        finally:
-            os.close(descriptor)
-            os.unlink(temporary)
+        pieces = {0: header.tobytes()}
+        for number in range(-1 if initial_bytes else 0, slots):
+            room = initial_bytes if number < 0 else gradient_bytes
+            slot = np.zeros((), SLOT)
+            slot["iteration"] = np.uint64(2**64 - 1)  # of nobody yet
+            slot["claim_offset"], slot["done_offset"], slot["data_offset"], _ = _slot_offsets(room)
+            slot["data_bytes"] = room
+            begin = PAGE if number < 0 else PAGE + initial_size + number * int(header["slot_bytes"])
+            pieces[begin] = slot.tobytes()
+        mapped.create(path, size, pieces)
         return cls.open(path, identity)
 
     @classmethod
     def open(cls, path: str | Path, identity: bytes | None = None) -> SlotFile:
         """Map an existing slot file; SlotFormatError if it is none, ConfigError if it is another job's."""
         path = Path(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size < PAGE:
-                raise SlotFormatError(f"{path}: {size} bytes are too few for a slot file", str(path))
-            memory = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+        memory = mapped.map_file(path, "slot file", SlotFormatError)
         header = np.frombuffer(memory, SLOTS_HEADER, 1)[0].copy()
-        problem = cls._problem(memory, header, size)
+        problem = cls._problem(memory, header, len(memory))
         if problem is not None:
             raise SlotFormatError(f"{path}: {problem}; remove the file and start the extractor again", str(path))
         if identity is not None and header["identity"].tobytes() != identity:
@@ -197,10 +182,7 @@ class SlotFile:
 
     def close(self) -> None:
         """Give the mapping up; views handed out keep it until they go."""
-        try:
-            self.memory.close()
-        except BufferError:
-            pass  # a stage still holds a view: the mapping goes with it
+        mapped.unmap(self.memory)
 
     def __enter__(self) -> SlotFile:
         return self
