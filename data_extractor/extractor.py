@@ -40,8 +40,7 @@ class Extractor:
         self._rings, self._slots = rings, slots
         self._engine, self._owns_engine = engine or CopyEngine(), engine is None
         for memory in (*(ring.memory for ring in rings), slots.memory):
-            if self._owns_engine:
-                self._engine.register(memory)
+            self._engine.register(memory)
         shown = [sum(1 << index for index in plan.shard.stream_connections(ring.stream)) for ring in rings]
         revisions = [(revision.from_iteration, revision.slot_ranges) for revision in plan.shard.revisions]
         self._loop = ExtractLoop(

@@ -44,6 +44,10 @@ cdef enum:
     REAP = 64
 
 
+cdef memory_address(unsigned char[::1] memory):
+    return <uint64_t> &memory[0]
+
+
 cdef class CopyEngine:
     """CopyEngine(devices=()): make it, `register` the memory it copies between, copy, `close` it. One thread.
 
@@ -103,10 +107,10 @@ cdef class CopyEngine:
         self.names.append(name)
 
     def register(self, unsigned char[::1] memory) -> None:
-        """register(memory): let the devices reach mapped memory until `close`; nothing to do for the CPU."""
-        if self.device_count:
+        """register(memory): let the devices reach mapped memory until `close`; nothing to do for the CPU, or twice."""
+        if self.device_count and not any(known == memory_address(memory) for known, _ in self._registered):
             _eal.register(memory)
-            self._registered.append(memory)
+            self._registered.append((memory_address(memory), memory))
 
     def close(self) -> None:
         """close(): wait for what is in flight, stop the devices, give the memory back."""
@@ -115,7 +119,7 @@ cdef class CopyEngine:
         for i in range(self.device_count):
             rte_dma_stop(self.devices[i])
         self.device_count = 0
-        for memory in self._registered:
+        for _, memory in self._registered:
             _eal.unregister(memory)
         self._registered = []
         _open_devices.difference_update(self.names)

@@ -13,8 +13,7 @@ from flowcheck.eal import Eal
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
 from packet_dump.dump import FileDump, PortDump
-from tests import jobs, wire
-from tests.packet_dump import dma_faults
+from tests import dma_faults, jobs, wire
 
 pytestmark = pytest.mark.dpdk
 _devices = itertools.count(100)
