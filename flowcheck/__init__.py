@@ -7,5 +7,6 @@ collectives on the wire, the errors, and the `flowcheck` command. Importing it n
 
 from flowcheck._version import __version__
 from flowcheck.errors import FlowCheckError
+from flowcheck.restart import load, resume
 
-__all__ = ["FlowCheckError", "__version__"]
+__all__ = ["FlowCheckError", "__version__", "load", "resume"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
             f"{path}: iteration {wanted} cannot be restored: it is {found}; the nearest that can is {best}"
         )
     state = load_snapshot(manifest, max(i for i in manifest.snapshots if i <= wanted))
+    buckets = [
+        [parameter.name for parameter in bucket.parameters] for bucket in directory.plan.revision(wanted + 1).buckets
+    ]
     if state.iteration == wanted:
-        return state
+        return replace(state, buckets=buckets)
     model = ModelState(directory.plan)
     model.load_model(state.model, str(path))
     model.load_optimizer(state.optimizer, str(path))
@@ -69,13 +73,15 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         arithmetic.current().model_dump(),
         model.model,
         model.optimizer.state_dict(),
+        buckets,
     )
 
 
 def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:
-    """Return a restored state as a dictionary: model, optimizer, iteration, run_id, attempt, bit_exact.
+    """Return a restored state as a dictionary: model, optimizer, iteration, run_id, attempt, bit_exact, buckets.
 
-    `model` and `optimizer` are what torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
+    `buckets` are the names of the parameters in each bucket of the next iteration. `model` and `optimizer` are what
+    torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
     """
     return _document(restore_state(path, iteration, attempt))
 
@@ -90,6 +96,7 @@ def _document(state: State) -> dict[str, Any]:
         "run_id": state.run_id,
         "attempt": state.attempt,
         "bit_exact": state.bit_exact,
+        "buckets": state.buckets,
     }
 
 

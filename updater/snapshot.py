@@ -44,6 +44,7 @@ class State:
     arithmetic: dict[str, str]  # that it was computed with
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any] | None
+    buckets: list[list[str]] | None = None  # of the next iteration, by parameter names; not kept in snapshots
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor by its path in the file, model first; tied ones under each of their names."""
