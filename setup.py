@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
         Extension(
             ".".join(path.relative_to(ROOT).with_suffix("").parts),
             [str(path.relative_to(ROOT))],
-            depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("flowcheck/*.h")],
+            depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("*/*.h")],
             include_dirs=["."],
             extra_compile_args=[*cflags, *optimise, "-Wno-unused-function"],
             extra_link_args=libs,

@@ -12,7 +12,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
-    FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
+    FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
     FC_INITIAL_STATE, FC_LATE, FC_LOAD_ACQUIRE, FC_PLACED, FC_REASON_CONFLICT, FC_REASON_END_OF_STREAM,
     FC_REASON_MISSING, FC_REASON_NONE, FC_SLOT_FILLING, FC_SLOT_INCOMPLETE, FC_SLOT_WHOLE, FC_STORE_RELEASE,
     FC_UNSYNCHRONISED, FC_VERDICT_NONE, FC_VERDICTS, fc_extract_state, fc_publish, fc_record, fc_recover,
@@ -27,6 +27,14 @@ cdef extern from "rte_prefetch.h" nogil:
 cdef extern from "_ll.h" nogil:
     ctypedef int (*fc_ll_strip)(uint8_t *dst, const uint8_t *src, size_t lines, uint32_t flag)
     fc_ll_strip fc_ll_kernel(const char *name)
+
+cdef extern from "_ll128.h" nogil:
+    ctypedef struct fc_ll128_run:
+        uint32_t unit
+        uint32_t units
+    uint32_t fc_ll128_runs(uint32_t line, fc_ll128_run *runs)
+    int fc_ll128_strip(uint8_t *data, const uint8_t *payload, uint32_t line, uint32_t lines, uint64_t flag,
+                       uint64_t first, uint64_t bytes)
 
 cdef extern from * nogil:
     """
@@ -62,6 +70,89 @@ cdef struct revision_view:
     uint64_t first_iteration
     uint32_t first_piece
     uint32_t pieces
+    uint64_t connections        # bit per connection that sends anything of these iterations
+
+
+# Which units (of 8 slot bytes) a payload brings: a range of them, or for LL128 some of a range.
+cdef struct window:
+    uint64_t first              # of the range, from the start of the slot's data
+    uint64_t bytes              # from the first unit's begin to the last byte that counts
+    uint32_t words              # of the bitmap, 0: the payload brings none
+    bint whole                  # all units of the range are brought
+    uint64_t bits[MOST_WORDS]   # bit (first % 64 + i) stands for unit first + i
+
+
+cdef void _mark(window *where, uint64_t begin, uint64_t count) noexcept nogil:
+    """Set the bits of `count` units, from the begin-th of the range on."""
+    cdef uint64_t low = where.first % 64 + begin, high = low + count, word, bits
+    for word in range(low // 64, (high + 63) // 64):
+        bits = ~(<uint64_t> 0)
+        if word == low // 64:
+            bits <<= low % 64
+        if word == high // 64:
+            bits &= (<uint64_t> 1 << (high % 64)) - 1
+        where.bits[word] |= bits
+
+
+cdef bint _cover(const fc_record *record, window *where) noexcept nogil:
+    """Find the units that a record's payload brings; False if its annotation cannot be."""
+    cdef uint64_t begin, end, line, last, low, high, units
+    cdef fc_ll128_run runs[2]
+    cdef uint32_t count, i
+    if record.destination % 8:
+        return False
+    if record.encoding == FC_ENCODING_LL128:
+        if record.payload_length % 128 or record.wire_offset % 128:
+            return False
+        line, last = record.wire_offset // 128, (<uint64_t> record.wire_offset + record.payload_length) // 128
+        units = (<uint64_t> record.message_bytes + 7) // 8
+        low, high = ~(<uint64_t> 0), 0
+        for i in range(<uint32_t> line, <uint32_t> last):
+            for count in range(fc_ll128_runs(i, runs)):
+                begin, end = runs[count].unit, runs[count].unit + runs[count].units
+                end = end if end < units else units
+                if begin < end:
+                    low = begin if begin < low else low
+                    high = end if end > high else high
+        where.words = 0
+        if low >= high:
+            return True
+        where.first = record.destination // 8 + low
+        where.words = <uint32_t> ((where.first % 64 + high - low + 63) // 64)
+        where.bytes = (8 * high if 8 * high < record.message_bytes else record.message_bytes) - 8 * low
+        memset(where.bits, 0, 8 * where.words)
+        for i in range(<uint32_t> line, <uint32_t> last):
+            for count in range(fc_ll128_runs(i, runs)):
+                begin, end = runs[count].unit, runs[count].unit + runs[count].units
+                end = end if end < units else units
+                if begin < end:
+                    _mark(where, begin - low, end - begin)
+        units = 0
+        for i in range(where.words):
+            units += FC_POPCOUNT(where.bits[i])
+        where.whole = units == high - low
+        return True
+    if record.encoding == FC_ENCODING_LL:
+        if record.payload_length % 16 or record.wire_offset % 16:
+            return False
+        begin, end = record.wire_offset // 2, (<uint64_t> record.wire_offset + record.payload_length) // 2
+    elif record.encoding == FC_ENCODING_PLAIN and record.wire_offset < record.message_bytes:
+        begin, end = record.wire_offset, <uint64_t> record.wire_offset + record.payload_length
+    else:
+        return False
+    end = end if end < record.message_bytes else record.message_bytes
+    if begin % 8:
+        return False
+    where.words = 0
+    if begin >= end:
+        return True
+    where.first = (record.destination + begin) // 8
+    where.bytes = end - begin
+    where.words = <uint32_t> ((where.first % 64 + (where.bytes + 7) // 8 + 63) // 64)
+    memset(where.bits, 0, 8 * where.words)
+    _mark(where, 0, (where.bytes + 7) // 8)
+    where.whole = True
+    return True
 
 
 def strip(bytes source, uint32_t flag, str kernel="auto"):
@@ -104,7 +195,7 @@ cdef class ExtractLoop:
     cdef bytearray _scratch
 
     def __cinit__(self, rings, memories, connections, slots_memory, uint64_t first_offset, uint64_t gradients_offset,
-                  revisions, initial, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
+                  revisions, initial, uint64_t initial_connections, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
         """Wire the loop up; `extractor.Extractor` is the way to make one."""
         cdef unsigned char[::1] view
         cdef uint32_t i, at
@@ -140,9 +231,10 @@ cdef class ExtractLoop:
             raise FlowCheckError("the plan has more revisions or buckets than the extractor takes")
         at = 0
         self.revision_count = len(revisions)
-        for i, (first, ranges) in enumerate(revisions):
-            self.revisions[i].first_iteration = first
+        for i, (first, ranges, carried) in enumerate(revisions):
+            self.revisions[i].first_iteration, self.revisions[i].connections = first, carried
             at = self._add_pieces(&self.revisions[i], ranges, at)
+        self.initial_view.connections = initial_connections
         if initial:
             self._add_pieces(&self.initial_view, initial, at)
         self._recover()
@@ -236,9 +328,10 @@ cdef class ExtractLoop:
         cdef fc_slot *slot
         cdef uint64_t *claim
         cdef uint64_t *done
+        cdef window where
         cdef uint64_t fresh[MOST_WORDS]
-        cdef uint64_t begin, valid, first, last, word, bits, have, offset, unit
-        cdef uint32_t words, i
+        cdef uint64_t have, bits, unit
+        cdef uint32_t i
         cdef bint all_new = True, any_new = False, equal = True
         cdef uint8_t verdict = record.verdict
 
@@ -247,78 +340,62 @@ cdef class ExtractLoop:
         if (<uint64_t> record.payload_offset + record.payload_length > record.stored_length
                 or record.stored_length > ring.record_bytes - sizeof(fc_record)):
             return FC_UNSYNCHRONISED
-        if record.encoding == FC_ENCODING_LL:
-            if record.payload_length % 16 or record.wire_offset % 16:
-                return FC_UNSYNCHRONISED
-            offset, valid = record.wire_offset // 2, record.payload_length // 2
-        elif record.encoding == FC_ENCODING_PLAIN:
-            offset, valid = record.wire_offset, record.payload_length
-        else:
+        if not _cover(record, &where):
             return FC_UNSYNCHRONISED
-        if offset >= record.message_bytes:
-            return FC_UNSYNCHRONISED
-        if valid > record.message_bytes - offset:
-            valid = record.message_bytes - offset  # what lies behind is whatever the sender's register held
+        if where.words == 0:
+            return FC_CONTROL  # what lies behind the message's data is whatever the sender's register held
         if record.iteration < self.header.settled_next:
             return record.decision if record.decision else (verdict if verdict == FC_INITIAL_STATE else FC_LATE)
         slot = self._slot(record.iteration)
         if slot == NULL:
             return STALLED
-        begin = record.destination + offset
-        if begin % 8 or record.destination > slot.data_bytes or begin + valid > slot.data_bytes:
+        if record.destination > slot.data_bytes or 8 * where.first + where.bytes > slot.data_bytes:
             return FC_UNSYNCHRONISED
-        first, last = begin // 8, (begin + valid + 7) // 8
-        if last > slot.units:
+        if where.first + (where.bytes + 7) // 8 > slot.units:
             return FC_UNSYNCHRONISED
 
-        claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset) + first // 64
-        done = <uint64_t *> (<uint8_t *> slot + slot.done_offset) + first // 64
-        data = <uint8_t *> slot + slot.data_offset + begin
-        words = <uint32_t> ((last - 1) // 64 - first // 64 + 1)
-        for i in range(words):
-            bits = ~(<uint64_t> 0)
-            if i == 0:
-                bits <<= first % 64
-            if i == words - 1 and last % 64:
-                bits &= (<uint64_t> 1 << (last % 64)) - 1
-            have = FC_FETCH_OR(&claim[i], bits)
-            fresh[i] = bits & ~have
-            all_new &= fresh[i] == bits
+        claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset) + where.first // 64
+        done = <uint64_t *> (<uint8_t *> slot + slot.done_offset) + where.first // 64
+        data = <uint8_t *> slot + slot.data_offset + 8 * where.first
+        for i in range(where.words):
+            have = FC_FETCH_OR(&claim[i], where.bits[i])
+            fresh[i] = where.bits[i] & ~have
+            all_new &= fresh[i] == where.bits[i]
             any_new |= fresh[i] != 0
 
-        if all_new:
-            equal = self._take(record, payload, data, valid)
+        if all_new and where.whole:
+            equal = self._take(record, payload, data, &where)
             if not equal:
                 verdict = FC_UNSYNCHRONISED
-        elif not self._take(record, payload, self.scratch, valid):
+        elif not self._take(record, payload, self.scratch, &where):
             equal = False
             verdict = FC_UNSYNCHRONISED
         else:
-            for unit in range(first, last):
-                word = unit // 64 - first // 64
-                have = 8 * (unit - first)
-                bits = 8 if have + 8 <= valid else valid - have
-                if not fresh[word] >> (unit % 64) & 1 and memcmp(data + have, self.scratch + have, bits):
+            for unit in range((where.bytes + 7) // 8):
+                i = <uint32_t> ((where.first % 64 + unit) // 64)
+                bits = <uint64_t> 1 << ((where.first + unit) % 64)
+                have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
+                if where.bits[i] & ~fresh[i] & bits and memcmp(data + 8 * unit, self.scratch + 8 * unit, have):
                     equal = False
             if not equal:
                 slot.conflicts += 1
                 verdict = FC_CONFLICT
             elif any_new:
-                for unit in range(first, last):
-                    have = 8 * (unit - first)
-                    bits = 8 if have + 8 <= valid else valid - have
-                    if fresh[unit // 64 - first // 64] >> (unit % 64) & 1:
-                        memcpy(data + have, self.scratch + have, bits)
+                for unit in range((where.bytes + 7) // 8):
+                    i = <uint32_t> ((where.first % 64 + unit) // 64)
+                    have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
+                    if fresh[i] >> ((where.first + unit) % 64) & 1:
+                        memcpy(data + 8 * unit, self.scratch + 8 * unit, have)
             elif verdict == FC_PLACED and record.decision == FC_VERDICT_NONE:
                 verdict = FC_DUPLICATE
         if not equal:
-            for i in range(words):
+            for i in range(where.words):
                 FC_FETCH_AND(&claim[i], ~fresh[i])
             return verdict
         if record.decision == FC_VERDICT_NONE:
             record.decision = verdict
         bits = 0
-        for i in range(words):
+        for i in range(where.words):
             if fresh[i]:
                 FC_FETCH_OR(&done[i], fresh[i])
                 bits += FC_POPCOUNT(fresh[i])
@@ -329,22 +406,26 @@ cdef class ExtractLoop:
             slot.last_ns = record.timestamp_ns
         return record.decision
 
-    cdef bint _take(self, fc_record *record, uint8_t *payload, uint8_t *data, uint64_t valid) noexcept nogil:
-        """Bring `valid` data bytes of a payload to `data`; False if a line's flag is not the message's."""
-        cdef uint64_t lines
+    cdef bint _take(self, fc_record *record, uint8_t *payload, uint8_t *data, window *where) noexcept nogil:
+        """Bring a payload's data bytes to `data`, the first of its units; False if a line's flag is not the message's."""
+        cdef uint64_t lines, first
         cdef uint8_t tail[8]
         if record.encoding == FC_ENCODING_PLAIN:
-            self.engine.copy(data, payload, valid)
+            self.engine.copy(data, payload, where.bytes)
             return True
-        lines = valid // 8
+        if record.encoding == FC_ENCODING_LL128:
+            first = where.first - record.destination // 8
+            return fc_ll128_strip(data, payload, record.wire_offset // 128, record.payload_length // 128, record.flag,
+                                  first, where.bytes)
+        lines = where.bytes // 8
         if not self.strip(data, payload, lines, <uint32_t> record.flag):
             return False
-        # Lines from `valid` on carry nothing, but their flags must be right like all others.
+        # Lines from there on carry nothing, but their flags must be right like all others.
         while lines < record.payload_length // 16:
             if not self.strip(tail, payload + 16 * lines, 1, <uint32_t> record.flag):
                 return False
-            if 8 * lines < valid:
-                memcpy(data + 8 * lines, tail, valid - 8 * lines)
+            if 8 * lines < where.bytes:
+                memcpy(data + 8 * lines, tail, where.bytes - 8 * lines)
             lines += 1
         return True
 
@@ -355,17 +436,36 @@ cdef class ExtractLoop:
             return False
         return ring.state.extracted == FC_LOAD_ACQUIRE(&ring.header.written)
 
-    cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint *ended) noexcept nogil:
-        """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over."""
+    cdef uint64_t _expected(self, uint64_t iteration) noexcept nogil:
+        """Return the connections, a bit each, that send anything of an iteration."""
+        cdef revision_view *view = &self.initial_view
+        cdef uint32_t i
+        if iteration:
+            for i in range(self.revision_count):
+                if self.revisions[i].first_iteration <= iteration:
+                    view = &self.revisions[i]
+        return view.connections
+
+    cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint whole, bint *ended) noexcept nogil:
+        """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over.
+
+        Of an iteration that is `whole` only second copies can come; those have come when each connection has sent all its
+        messages once. A live stream is not waited for where another one has no room to go on.
+        """
         cdef uint32_t i, connection
+        cdef uint64_t expected = self._expected(iteration)
         cdef ring_view *ring
-        cdef bint out
+        cdef bint out, crowded = False
         ended[0] = False
+        for i in range(self.ring_count):
+            crowded |= self.rings[i].stalled_at != 0
         for i in range(self.ring_count):
             ring = &self.rings[i]
             out = self._drained(ring)
             for connection in range(MOST_CONNECTIONS):
-                if not ring.connections >> connection & 1 or ring.state.settled[connection] > iteration:
+                if not (ring.connections & expected) >> connection & 1 or ring.state.settled[connection] > iteration:
+                    continue
+                if whole and (ring.state.reached[connection] > iteration or (ring.header.live and crowded)):
                     continue
                 # A stream that waits so far ahead has shown all it will of this one: the ring's edges depend on each
                 # other, none runs ahead of another by an iteration. Without this, a dead connection would block it.
@@ -390,13 +490,13 @@ cdef class ExtractLoop:
             iteration = self.header.settled_next
             if iteration > highest:
                 break
-            past = self._is_past(iteration, now, &ended)
             slot = self._slot(iteration)
             if slot == NULL:
                 break
-            if slot.done_units == slot.units and slot.conflicts == 0:
+            past = self._is_past(iteration, now, slot.done_units == slot.units, &ended)
+            if past and slot.done_units == slot.units and slot.conflicts == 0:
                 slot.state = FC_SLOT_WHOLE
-            elif past or slot.done_units == slot.units:
+            elif past:
                 slot.state = FC_SLOT_INCOMPLETE
                 slot.reason = FC_REASON_CONFLICT if slot.conflicts else FC_REASON_END_OF_STREAM if ended else FC_REASON_MISSING
             else:
@@ -404,6 +504,21 @@ cdef class ExtractLoop:
             FC_STORE_RELEASE(&self.header.settled_next, iteration + 1)
             settled += 1
         return settled
+
+    cdef void _reach(self, ring_view *ring, fc_record *record) noexcept nogil:
+        """Note how far a record shows its connection to be."""
+        cdef uint32_t connection = record.connection
+        cdef fc_extract_state *state = &ring.state
+        if record.iteration > state.reached[connection]:
+            state.reached[connection] = record.iteration
+        if record.last_pieces:
+            if state.reaching[connection] != record.iteration:
+                state.reaching[connection] = record.iteration
+                state.reached_pieces[connection] = 0
+            state.reached_pieces[connection] |= 1 << (record.queue_pair & 7)
+            if FC_POPCOUNT(state.reached_pieces[connection]) >= record.last_pieces:
+                if record.iteration + 1 > state.reached[connection]:
+                    state.reached[connection] = record.iteration + 1
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -427,6 +542,7 @@ cdef class ExtractLoop:
                     ring.state.settled[record.connection] = <uint32_t> past
                 if record.iteration > ring.state.highest_iteration:
                     ring.state.highest_iteration = record.iteration
+                self._reach(ring, record)
             if verdict == FC_PLACED or verdict == FC_INITIAL_STATE:
                 verdict = self._place(ring, record)
                 if verdict == STALLED:

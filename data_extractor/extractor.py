@@ -10,6 +10,7 @@ from flowcheck._copy import CopyEngine
 
 from data_extractor._extractor import ExtractLoop
 from flowcheck.formats import DUMP_STATE, RING_HEADER
+from flowcheck.layout import carried
 from flowcheck.plan import Plan
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
@@ -41,8 +42,11 @@ class Extractor:
         self._engine, self._owns_engine = engine or CopyEngine(), engine is None
         for memory in (*(ring.memory for ring in rings), slots.memory):
             self._engine.register(memory)
-        shown = [sum(1 << index for index in plan.shard.stream_connections(ring.stream)) for ring in rings]
-        revisions = [(revision.from_iteration, revision.slot_ranges) for revision in plan.shard.revisions]
+        shown = [_bits(plan.shard.stream_connections(ring.stream)) for ring in rings]
+        revisions = [
+            (revision.from_iteration, revision.slot_ranges, _bits(carried(plan, revision.from_iteration)))
+            for revision in plan.shard.revisions
+        ]
         self._loop = ExtractLoop(
             rings,
             [ring.memory for ring in rings],
@@ -52,6 +56,7 @@ class Extractor:
             slots.offset(1),
             revisions,
             plan.initial_ranges,
+            _bits(carried(plan, 0)),
             plan.silence_ms * 1_000_000,
             self._engine,
             kernel,
@@ -89,6 +94,10 @@ class Extractor:
         """Give the engine back."""
         if self._owns_engine:
             self._engine.close()
+
+
+def _bits(numbers: list[int]) -> int:
+    return sum(1 << number for number in numbers)
 
 
 def _dump_state(ring: PacketRing) -> dict[str, int]:

@@ -61,7 +61,8 @@ cdef struct fc_record:
     uint32_t wire_offset        # of this payload in its message, in wire bytes
     uint8_t settled_lag         # this packet proves its connection past iteration - settled_lag; 0: proves nothing
     uint8_t decision            # the extractor's final verdict, written before the bytes count; FC_VERDICT_NONE until then
-    uint16_t reserved
+    uint8_t last_pieces         # the packet ends its connection's part of the iteration, with so many pieces of a message
+    uint8_t queue_pair          # which of the connection's queue pairs carried it
 
 # The job's identity, repeated in every file made from a plan.
 cdef struct fc_identity:
@@ -115,6 +116,9 @@ cdef struct fc_extract_state:
     uint64_t engine_failed
     uint64_t highest_iteration  # of any packet with a proved place
     uint32_t settled[64]        # per connection of the plan: it is past every iteration below this
+    uint32_t reached[64]        # and it has sent, if nothing is repeated, all of every iteration below this
+    uint32_t reaching[64]       # the iteration whose last message's pieces are being counted
+    uint8_t reached_pieces[64]  # and which queue pairs brought theirs, a bit each
 
 # First page of a slot file.
 cdef struct fc_slots_header:
@@ -179,6 +183,8 @@ cdef struct fc_segment:
     uint32_t first_iteration
     uint32_t period_iterations  # 0 for start-up operations
     uint64_t repeats
+    uint64_t first_message      # messages of the connection before the segment, on all its queue pairs
+    uint64_t period_messages
 
 cdef struct fc_row:
     uint32_t psn                # packets before this row in the pass
@@ -188,12 +194,16 @@ cdef struct fc_row:
     uint32_t message_wire_offset  # of this row's first byte in its message (not 0 only where messages are split)
     uint32_t message_bytes      # data bytes of the message that count
     uint64_t destination        # byte offset in the slot of the message's first data byte
-    uint64_t address            # of the row's first byte, from the base of the connection's buffer
-    uint32_t iteration          # from the segment's, within the pass
+    uint32_t address_offset     # of the row's first byte, from the start of its slot
+    uint32_t message_wire_bytes  # of the whole message: its immediate
+    uint32_t message            # messages of the connection before this row in the pass
+    uint16_t iteration          # from the segment's, within the pass
+    uint8_t last_pieces         # not 0: the message ends the iteration on its connection, in so many pieces
     uint8_t verdict             # FC_PLACED, FC_PARTIAL_SUM, FC_STEP_RECORD, FC_INITIAL_STATE, FC_OTHER_COLLECTIVE
     uint8_t encoding
     uint8_t bulk_split          # 1: a write without immediate, then an empty write with immediate
     uint8_t settled_lag
+    uint8_t reserved[5]
 
 cdef inline void fc_publish(uint8_t *block, uint32_t copy_bytes, const void *state, uint32_t state_bytes) noexcept nogil:
     """Publish a stage's state into the older of its two copies; copy_bytes is the room of one copy."""

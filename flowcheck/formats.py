@@ -57,7 +57,8 @@ RECORD = np.dtype(
         ("wire_offset", "<u4"),
         ("settled_lag", "u1"),
         ("decision", "u1"),
-        ("reserved", "<u2"),
+        ("last_pieces", "u1"),
+        ("queue_pair", "u1"),
     ]
 )
 
@@ -107,6 +108,9 @@ EXTRACT_STATE = np.dtype(
         ("engine_failed", "<u8"),
         ("highest_iteration", "<u8"),
         ("settled", "<u4", 64),
+        ("reached", "<u4", 64),
+        ("reaching", "<u4", 64),
+        ("reached_pieces", "u1", 64),
     ]
 )
 
@@ -161,6 +165,8 @@ SEGMENT = np.dtype(
         ("first_iteration", "<u4"),
         ("period_iterations", "<u4"),
         ("repeats", "<u8"),
+        ("first_message", "<u8"),
+        ("period_messages", "<u8"),
     ]
 )
 
@@ -173,11 +179,15 @@ ROW = np.dtype(
         ("message_wire_offset", "<u4"),
         ("message_bytes", "<u4"),
         ("destination", "<u8"),
-        ("address", "<u8"),
-        ("iteration", "<u4"),
+        ("address_offset", "<u4"),
+        ("message_wire_bytes", "<u4"),
+        ("message", "<u4"),
+        ("iteration", "<u2"),
+        ("last_pieces", "u1"),
         ("verdict", "u1"),
         ("encoding", "u1"),
         ("bulk_split", "u1"),
         ("settled_lag", "u1"),
+        ("reserved", "u1", 5),
     ]
 )

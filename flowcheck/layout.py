@@ -1,63 +1,78 @@
 # SPDX-License-Identifier: MIT
-"""What a plan's collectives look like on each queue pair: the modelled layouts, compiled into the parser's tables.
+"""What a plan's collectives look like on each queue pair: messages compiled into the parser's tables.
 
-Two steps. `all_reduce`, `broadcast` and `all_gather` give the ordered messages of one operation on one connection;
-`compile_programs` strings the operations of a plan together into segments of rows (`fc_segment`, `fc_row`). A learned
-layout would give the same messages from another source; nothing after this module would know.
+`flowcheck.schedule` says which elements each message carries; this module strings the operations of a plan together
+into segments of rows (`fc_segment`, `fc_row`): steps, slots, queue pairs, packets. A learned layout would give the same
+messages from another source; nothing after this module would know.
 
-Facts: NCCL 2.12 to 2.19, src/collectives/device/all_reduce.h and prims_ll.h, src/enqueue.cc. The schedule is that of
-its ring algorithm; the split over channels is the kernel's, interleaved, and depends on the number of threads.
+Facts: NCCL src/transport/net_ib.cc (src/transport/net_ib/ from 2.29), src/transport/net.cc, prims_ll.h, prims_ll128.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from flowcheck import schedule
 from flowcheck.formats import ROW, SEGMENT
-from flowcheck.plan import DTYPE_BYTES, Bucket, Collective, Layout, Plan, Shard
+from flowcheck.plan import DTYPE_BYTES, Collective, Layout, Plan, Revision
+from flowcheck.schedule import PROTOCOLS
 from flowcheck.verdicts import VERDICTS
 
 __all__ = [
-    "Message",
+    "BULK_SPLIT_BYTES",
+    "SLOTS",
+    "Credit",
+    "Pieces",
     "Program",
-    "all_gather",
-    "all_reduce",
-    "broadcast",
+    "carried",
     "compile_programs",
+    "first_step",
     "mirrored_ranges",
-    "threads_and_channels",
+    "queue_pair_pieces",
+    "wire_bytes",
 ]
 
-#: LL: a slot holds 64 KiB of lines, each line 8 data bytes in 16 (prims_ll.h; init.cc computeBuffSizes).
-LL_SLOT_BYTES = 65536
-LL_CHUNK_BYTES = LL_SLOT_BYTES // 2
-LL_MOST_THREADS = 512
-WARP = 32
-LEAST_THREADS = 96
 #: A message longer than this is split in the adaptive-routing form (net_ib.cc, NCCL_IB_AR_THRESHOLD).
 BULK_SPLIT_BYTES = 8192
 #: Slots of a connection's buffer (NCCL_STEPS).
 SLOTS = 8
+#: A message that is split over queue pairs is cut on such boundaries.
+PIECE_ALIGNMENT = 128
 
 _NUMBER = {name: number for number, name in enumerate(VERDICTS)}
-_ENCODING_LL = 2
+_ENCODINGS = {"simple": 1, "ll": 2, "ll128": 3}
 
 
 @dataclass(frozen=True)
-class Message:
-    """One message of an operation on one connection: `elements` from `first` on, `final` if fully reduced."""
+class Credit:
+    """Where a credit write of a library version holds the sender's rank (`tag`) and the message number + 1 (`index`).
 
-    first: int
-    elements: int
-    final: bool
+    Offsets and size in bytes; the fields are little-endian, 4 and 8 bytes (net_ib.cc, struct ncclIbSendFifo).
+    """
+
+    bytes: int
+    tag: int
+    index: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> Credit:
+        """Return the form that a layout's version writes."""
+        for last, form in ((19, cls(32, 20, 24)), (23, cls(64, 24, 32)), (29, cls(64, 36, 40))):
+            if layout.minor <= last:
+                return form
+        return cls(64, 52, 56)
 
 
 @dataclass
 class Program:
-    """The tables of one connection: per queue pair its segments and rows."""
+    """The tables of one connection: per queue pair its segments and rows.
+
+    `clean`, LL only: per queue pair offset, length, address offset, packets and bulk split of its piece of a message that
+    fills its slot.
+    """
 
     connection: int
     edge: int
@@ -67,184 +82,218 @@ class Program:
     data_queue_pairs: list[int]
     credit_queue_pairs: list[int]
     sender_rank: int
+    credit: Credit
+    start_psn: int = 0
+    encoding: int = 2
+    slot_stride: int = PROTOCOLS["ll"].slot_bytes
+    slots: int = SLOTS
+    big_endian_immediate: bool = False
+    clean: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     segments: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
-    slot_stride: int = LL_SLOT_BYTES
-    slots: int = SLOTS
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+@dataclass(frozen=True)
+class Pieces:
+    """What one queue pair carries of a list of messages: arrays of equal length.
 
-
-def threads_and_channels(layout: Layout, data_bytes: int) -> tuple[int, int]:
-    """Return (threads, channels) that the library uses for an operation of so many bytes (enqueue.cc, getAlgoInfo).
-
-    Small operations give up channels first, then threads, until each thread has its threshold of bytes.
+    `index`: which message; `offset` and `length`: the piece's wire bytes in the message; `address`: what is added to the
+    slot's address; `packets`: how many, with the empty write that ends the adaptive-routing form (`bulk_split`).
     """
-    threads, channels = layout.threads or LL_MOST_THREADS, layout.channels
-    if layout.pin_channels:
-        return threads, channels
-    threshold = 8 * len(layout.ring)
-    while data_bytes < channels * threads * threshold and channels >= 2:
-        channels -= 1
-    while data_bytes < channels * threads * threshold and threads % 128 == 0:
-        threads //= 2
-    return max(threads, LEAST_THREADS), channels
+
+    index: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    address: np.ndarray
+    packets: np.ndarray
+    bulk_split: np.ndarray
 
 
-def _loops(count: int, span: int) -> Iterator[int]:
-    return iter(range(0, count, span))
+def wire_bytes(layout: Layout, data: np.ndarray) -> np.ndarray:
+    """Return the payload bytes of messages of so many data bytes; LL's clean steps, which fill their slot, aside."""
+    if layout.protocol == "ll":
+        return 16 * -(-data // 8)
+    return 2048 * -(-data // 1920) if layout.protocol == "ll128" else data
 
 
-def all_reduce(layout: Layout, edge: int, channel: int, count: int, element_bytes: int) -> list[Message]:
-    """Return the messages of a ring all-reduce of `count` elements on one connection, in the order sent.
+def first_step(layout: Layout, op: str, step: int) -> tuple[int, int]:
+    """Return (step of the first message, steps per message) of an operation that begins at step counter `step`.
 
-    Per loop 2(n-1) messages; number s carries chunk (edge - 1 - s) mod n, fully reduced from s = n-1 on. Empty chunks
-    are sent as empty messages.
+    Simple's chunk-wise operations take two steps a message and begin on a multiple of a chunk's four (prims_simple.h).
     """
-    ranks = len(layout.ring)
-    threads, channels = threads_and_channels(layout, count * element_bytes)
-    if channel >= channels:
-        return []
-    chunk = LL_CHUNK_BYTES // element_bytes
-    grain = threads * (8 // element_bytes)
-    messages = []
-    for begin in _loops(count, channels * ranks * chunk):
-        real = min(chunk, -(-(count - begin) // (channels * ranks * grain)) * grain)
-        for send in range(2 * (ranks - 1)):
-            number = (edge - 1 - send) % ranks
-            first = min(begin + (number * channels + channel) * real, count)
-            messages.append(Message(first, min(real, count - first), final=send >= ranks - 1))
-    return messages
+    protocol = PROTOCOLS[layout.protocol]
+    if op == "broadcast":
+        return step, 1
+    chunk = protocol.slices * protocol.slice_steps
+    return -(-step // chunk) * chunk, protocol.slice_steps
 
 
-def broadcast(layout: Layout, edge: int, channel: int, data_bytes: int, root: int) -> list[Message]:
-    """Return the messages of a broadcast of bytes from rank `root`; nothing on the edge that leads back into it."""
-    ranks = len(layout.ring)
-    if layout.ring[(edge + 1) % ranks] == root:
-        return []
-    return [
-        Message(first, length, True) for _, first, length in _byte_chunks(layout, channel, data_bytes, data_bytes, 1)
-    ]
+def queue_pair_pieces(layout: Layout, queue_pair: int, first_message: int, wire: np.ndarray) -> Pieces:
+    """Return what a queue pair carries of messages of `wire` bytes, the first of them number `first_message`.
 
-
-def all_gather(layout: Layout, edge: int, channel: int, data_bytes: int) -> list[Message]:
-    """Return the messages of an all-gather of `data_bytes` per rank; `first` counts in the gathered vector."""
-    ranks = len(layout.ring)
-    messages = []
-    for _, first, length in _byte_chunks(layout, channel, data_bytes, data_bytes * ranks, ranks):
-        for send in range(ranks - 1):
-            rank = layout.ring[(edge - send) % ranks]
-            messages.append(Message(rank * data_bytes + first, length, True))
-    return messages
-
-
-def _byte_chunks(layout: Layout, channel: int, count: int, traffic: int, factor: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (loop begin, first byte, bytes) of this channel's part of each loop over `count` bytes.
-
-    The last loop's chunk is the host's: its bytes spread over the channels, rounded up to eight bytes a thread
-    (enqueue.cc, lastChunkSize; `factor` is the number of ranks for an all-gather, 1 for a broadcast).
+    Either every message is cut over all queue pairs, or each goes whole over one in turn (ncclIbMultiSend).
     """
-    threads, channels = threads_and_channels(layout, traffic)
-    if channel >= channels:
-        return
-    span = channels * LL_CHUNK_BYTES
-    for begin in _loops(count, span):
-        chunk = LL_CHUNK_BYTES
-        if count - begin < span:
-            rest = traffic % (channels * factor * LL_CHUNK_BYTES)
-            chunk = min(chunk, _up(-(-rest // (channels * factor)), threads * 8))
-        first = min(begin + channel * chunk, count)
-        yield begin, first, min(chunk, count - first)
+    count, mtu = layout.queue_pairs, layout.mtu
+    if layout.splits:
+        index = np.arange(len(wire))
+        piece = -(-wire // (count * PIECE_ALIGNMENT)) * PIECE_ALIGNMENT
+        offset = queue_pair * piece
+        length = np.clip(wire - offset, 0, piece)
+        # Up to 2.29.3 the address moves on by a whole piece for each queue pair, from 2.29.7 by what it carried.
+        address = np.minimum(offset, wire) if layout.exact_addresses else offset
+        offset = np.minimum(offset, wire)
+    else:
+        index = np.flatnonzero((first_message + np.arange(len(wire))) % count == queue_pair)
+        length = wire[index]
+        offset = address = np.zeros(len(index), np.int64)
+    bulk = layout.adaptive_routing & (wire[index] > BULK_SPLIT_BYTES)
+    return Pieces(index, offset, length, address, np.maximum(1, -(-length // mtu)) + bulk, bulk)
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One operation's messages on the connection, and what the parser shall say of them."""
+
+    op: str
+    messages: np.ndarray
+    width: int
+    destination: int
+    verdicts: tuple[str, str]  # of a message that is fully reduced, and of one that is not
+    settled_lag: int = 0
+    iteration: int = 0  # within the segment's pass
+    ends_iteration: bool = False
+
+    def rows(self, layout: Layout, steps: np.ndarray, first_message: int) -> np.ndarray:
+        """Return a row per message, without what depends on the queue pair."""
+        rows = np.zeros(len(self.messages), ROW)
+        data = self.messages["elements"] * self.width
+        rows["step"], rows["message"] = steps, first_message + np.arange(len(rows))
+        rows["message_bytes"], rows["message_wire_bytes"] = data, wire_bytes(layout, data)
+        rows["destination"] = self.destination + self.messages["first"] * self.width
+        final, partial = (_NUMBER[verdict] for verdict in self.verdicts)
+        rows["verdict"] = np.where(self.messages["final"], final, partial)
+        rows["encoding"], rows["settled_lag"] = _ENCODINGS[layout.protocol], self.settled_lag
+        rows["iteration"] = self.iteration
+        if self.ends_iteration:
+            rows["last_pieces"][-1] = layout.queue_pairs if layout.splits else 1
+        return rows
 
 
 class _Table:
-    """Rows of one queue pair under construction; counters run over the whole life of the connection."""
+    """Rows and segments of one connection under construction; counters run over its whole life."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.rows: list[np.void] = []
-        self.segments: list[np.void] = []
-        self.psn = self.step = 0
-        self._open: np.void | None = None
+        self.step = self.message = 0
+        self.psn = [0] * layout.queue_pairs
+        self.rows: list[list[np.ndarray]] = [[] for _ in self.psn]
+        self.segments: list[list[np.ndarray]] = [[] for _ in self.psn]
 
-    def begin(self, first_iteration: int, period_iterations: int, repeats: int) -> None:
-        segment = np.zeros((), SEGMENT)
-        segment["first_psn"], segment["first_step"] = self.psn, self.step
-        segment["first_row"], segment["first_iteration"] = len(self.rows), first_iteration
-        segment["period_iterations"], segment["repeats"] = period_iterations, repeats
-        self._open, self._psn, self._step = segment, 0, 0
-
-    def add(self, message: Message, element_bytes: int, destination: int, verdict: str, settled_lag: int) -> None:
-        row = np.zeros((), ROW)
-        valid = message.elements * element_bytes
-        wire = 16 * -(-valid // 8)
-        row["psn"], row["step"], row["wire_bytes"], row["message_bytes"] = self._psn, self._step, wire, valid
-        row["bulk_split"] = self.layout.adaptive_routing and wire > BULK_SPLIT_BYTES
-        row["packets"] = max(1, -(-wire // self.layout.mtu)) + int(row["bulk_split"])
-        row["destination"] = destination + message.first * element_bytes
-        row["verdict"], row["encoding"], row["settled_lag"] = _NUMBER[verdict], _ENCODING_LL, settled_lag
-        self._psn += int(row["packets"])
-        self._step += 1
-        self.rows.append(row)
-
-    def end(self) -> None:
-        segment = self._open
-        segment["rows"] = len(self.rows) - int(segment["first_row"])
-        segment["period_psn"], segment["period_steps"] = self._psn, self._step
-        if not segment["rows"]:
+    def add(self, operations: list[_Operation], first_iteration: int, period: int, repeats: int) -> None:
+        """Append a segment that passes through `operations`, `period` iterations long, `repeats` times (0: for ever)."""
+        operations = [operation for operation in operations if len(operation.messages)]
+        if not operations:
             return
-        self.segments.append(segment)
-        repeats = int(segment["repeats"])
-        self.psn += self._psn * repeats
-        self.step += self._step * repeats
+        self.step, _ = first_step(self.layout, operations[0].op, self.step)
+        step, message, messages = self.step, self.message, []
+        for operation in operations:
+            begin, stride = first_step(self.layout, operation.op, step)
+            count = len(operation.messages)
+            steps = begin - self.step + np.arange(count) * stride
+            messages.append(operation.rows(self.layout, steps, message - self.message))
+            step, message = begin + count * stride, message + count
+        rows = np.concatenate(messages)
+        for number in range(len(self.psn)):
+            packets = self._append(number, rows, step - self.step, (first_iteration, period, repeats))
+            self.psn[number] += packets * repeats
+        self.step += (step - self.step) * repeats
+        self.message += len(rows) * repeats
+
+    def _append(self, number: int, messages: np.ndarray, steps: int, iterations: tuple[int, int, int]) -> int:
+        """Append a queue pair's part of a pass through `messages`; return its packets."""
+        pieces = queue_pair_pieces(self.layout, number, self.message, messages["message_wire_bytes"].astype(np.int64))
+        rows = messages[pieces.index]
+        rows["message_wire_offset"], rows["wire_bytes"] = pieces.offset, pieces.length
+        rows["address_offset"], rows["packets"] = pieces.address, pieces.packets
+        rows["bulk_split"] = pieces.bulk_split
+        rows["psn"] = np.cumsum(pieces.packets) - pieces.packets
+        packets = int(pieces.packets.sum())
+        if packets:
+            segment = np.zeros(1, SEGMENT)
+            segment["first_psn"], segment["period_psn"] = self.psn[number], packets
+            segment["first_step"], segment["period_steps"] = self.step, steps
+            segment["first_message"], segment["period_messages"] = self.message, len(messages)
+            segment["first_row"], segment["rows"] = sum(map(len, self.rows[number])), len(rows)
+            segment["first_iteration"], segment["period_iterations"], segment["repeats"] = iterations
+            self.segments[number].append(segment)
+            self.rows[number].append(rows)
+        return packets
+
+
+def _collective(layout: Layout, edge: int, channel: int, op: Collective, destination: int) -> _Operation:
+    verdict = op.carries or "other_collective"
+    width = 1
+    if op.op == "all_reduce":
+        width = DTYPE_BYTES[op.dtype]
+        messages = schedule.all_reduce(layout, edge, channel, op.elements, width)
+    elif op.op == "broadcast":
+        messages = schedule.broadcast(layout, edge, channel, op.bytes, op.root)
+    else:
+        messages = schedule.all_gather(layout, edge, channel, op.bytes)
+    return _Operation(op.op, messages, width, destination, (verdict, verdict))
+
+
+def _buckets(layout: Layout, edge: int, channel: int, revision: Revision) -> list[_Operation]:
+    """Return one iteration's all-reduces; the last that uses the connection ends the iteration on it."""
+    operations = []
+    for number, (bucket, offset) in enumerate(zip(revision.buckets, revision.bucket_offsets, strict=True)):
+        width = DTYPE_BYTES[bucket.dtype]
+        messages = schedule.all_reduce(layout, edge, channel, bucket.elements, width)
+        # Past an iteration is who has sent something of the next one after its first operation.
+        lag = 1 if number else 2
+        if len(messages):
+            operations.append(_Operation("all_reduce", messages, width, offset, ("placed", "partial_sum"), lag))
+    return operations[:-1] + [replace(operation, ends_iteration=True) for operation in operations[-1:]]
 
 
 def compile_programs(plan: Plan) -> list[Program]:
     """Return the programs of a plan's connections, in plan order."""
-    return [_compile(plan, plan.shard, index) for index in range(len(plan.shard.connections))]
+    return [_compile(plan, index) for index in range(len(plan.shard.connections))]
 
 
-def _compile(plan: Plan, shard: Shard, index: int) -> Program:
+def _clean(layout: Layout) -> list[tuple[int, int, int, int, int]]:
+    if layout.protocol != "ll":
+        return []
+    full = np.array([PROTOCOLS["ll"].slot_bytes])
+    pieces = [queue_pair_pieces(layout, number, number, full) for number in range(layout.queue_pairs)]
+    return [
+        (int(p.offset[0]), int(p.length[0]), int(p.address[0]), int(p.packets[0]), int(p.bulk_split[0])) for p in pieces
+    ]
+
+
+def _compile(plan: Plan, index: int) -> Program:
+    shard = plan.shard
     connection, layout = shard.connections[index], shard.layout
+    where = (layout, connection.edge, connection.channel)
     table = _Table(layout)
-
-    def collective(op: Collective, destination: int) -> None:
-        if op.op == "all_reduce":
-            width = DTYPE_BYTES[op.dtype]
-            messages = all_reduce(layout, connection.edge, connection.channel, op.elements, width)
-        elif op.op == "broadcast":
-            width, messages = 1, broadcast(layout, connection.edge, connection.channel, op.bytes, op.root)
-        else:
-            width, messages = 1, all_gather(layout, connection.edge, connection.channel, op.bytes)
-        for message in messages:
-            table.add(message, width, destination, op.carries or "other_collective", 0)
-
-    def bucket(tensor: Bucket, destination: int, number: int) -> None:
-        width = DTYPE_BYTES[tensor.dtype]
-        for message in all_reduce(layout, connection.edge, connection.channel, tensor.elements, width):
-            # Past an iteration is who has sent something of the next one after its first operation.
-            verdict = "placed" if message.final else "partial_sum"
-            table.add(message, width, destination, verdict, 1 if number else 2)
-
-    table.begin(0, 0, 1)
     initial = iter(plan.initial_ranges)
-    for op in shard.startup:
-        collective(op, next(initial)[0] if op.carries else 0)
-    table.end()
+    startup = [_collective(*where, op, next(initial)[0] if op.carries else 0) for op in shard.startup]
+    table.add(startup, 0, 0, 1)
     for number, revision in enumerate(shard.revisions):
-        if revision.before:
-            table.begin(revision.from_iteration, 0, 1)
-            for op in revision.before:
-                collective(op, 0)
-            table.end()
+        first = revision.from_iteration
+        table.add([_collective(*where, op, 0) for op in revision.before], first, 0, 1)
+        buckets = _buckets(*where, revision)
+        # Where messages take turns on the queue pairs, so many iterations pass until the same one begins again.
+        messages = sum(len(operation.messages) for operation in buckets)
+        turn = 1 if layout.splits else layout.queue_pairs // math.gcd(layout.queue_pairs, messages or 1)
         last = number + 1 == len(shard.revisions)
-        repeats = 0 if last else shard.revisions[number + 1].from_iteration - revision.from_iteration
-        table.begin(revision.from_iteration, 1, repeats)
-        for order, (tensor, offset) in enumerate(zip(revision.buckets, revision.bucket_offsets, strict=True)):
-            bucket(tensor, offset, order)
-        table.end()
+        count = 0 if last else shard.revisions[number + 1].from_iteration - first
+        full, rest = divmod(count, turn)
+        for passes, iterations in ((full, turn), (1, rest)) if not last else ((0, turn),):
+            operations = [replace(op, iteration=i) for i in range(iterations) for op in buckets]
+            if passes or last:
+                table.add(operations, first, iterations, passes)
+            first += passes * iterations
     return Program(
         connection=index,
         edge=connection.edge,
@@ -254,21 +303,39 @@ def _compile(plan: Plan, shard: Shard, index: int) -> Program:
         data_queue_pairs=list(connection.proof.data),
         credit_queue_pairs=list(connection.proof.credit),
         sender_rank=layout.ring[connection.edge],
-        segments=[np.array(table.segments, SEGMENT)],
-        rows=[np.array(table.rows, ROW)],
+        credit=Credit.of(layout),
+        start_psn=connection.start_psn,
+        encoding=_ENCODINGS[layout.protocol],
+        slot_stride=PROTOCOLS[layout.protocol].slot_bytes,
+        big_endian_immediate=layout.big_endian_immediate,
+        clean=_clean(layout),
+        segments=[np.concatenate(part) if part else np.empty(0, SEGMENT) for part in table.segments],
+        rows=[np.concatenate(part) if part else np.empty(0, ROW) for part in table.rows],
     )
 
 
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
     """Return the byte ranges of an iteration's flat gradient that some mirrored connection carries fully reduced."""
     shard, ranges = plan.shard, []
-    revision = shard.revision(iteration)
     shown = sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)})
     for index in shown:
         connection = shard.connections[index]
-        for tensor, offset in zip(revision.buckets, revision.bucket_offsets, strict=True):
-            width = DTYPE_BYTES[tensor.dtype]
-            for message in all_reduce(shard.layout, connection.edge, connection.channel, tensor.elements, width):
-                if message.final and message.elements:
-                    ranges.append((offset + message.first * width, offset + (message.first + message.elements) * width))
+        for operation in _buckets(shard.layout, connection.edge, connection.channel, shard.revision(iteration)):
+            final = operation.messages[operation.messages["final"] & (operation.messages["elements"] > 0)]
+            begin = operation.destination + final["first"] * operation.width
+            ranges += zip(begin.tolist(), (begin + final["elements"] * operation.width).tolist(), strict=True)
     return plan.flat_ranges(iteration, ranges)
+
+
+def carried(plan: Plan, iteration: int) -> list[int]:
+    """Return the indices of the connections that send anything of an iteration; 0 is the initial state."""
+    shard, out = plan.shard, []
+    for index, connection in enumerate(shard.connections):
+        where = (shard.layout, connection.edge, connection.channel)
+        if iteration:
+            operations = _buckets(*where, shard.revision(iteration))
+        else:
+            operations = [_collective(*where, op, 0) for op in shard.startup if op.carries]
+        if any(len(operation.messages) for operation in operations):
+            out.append(index)
+    return out

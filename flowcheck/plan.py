@@ -170,24 +170,46 @@ class Layout(_Model):
     source: Literal["modelled"]
     library: Literal["nccl"]
     version: Annotated[str, Field(pattern=r"^2\.\d{1,2}(\.\d+)?$")]
-    protocol: Literal["ll"]
+    protocol: Literal["ll", "ll128", "simple"]
     ring: Annotated[tuple[Count, ...], Field(min_length=2)]
     channels: Annotated[int, Field(ge=1, le=32)] = 1
     threads: Annotated[int, Field(ge=96, le=640)] | None = None
     pin_channels: bool = False
-    queue_pairs: Literal[1] = 1
+    queue_pairs: Annotated[int, Field(ge=1, le=8)] = 1
+    split_queue_pairs: bool | None = None
     mtu: Literal[256, 512, 1024, 2048, 4096]
     adaptive_routing: bool = False
+    link_gbps: Annotated[int, Field(ge=1, le=3200)] = 400
 
     @property
     def minor(self) -> int:
         """The y of version 2.y."""
         return int(self.version.split(".")[1])
 
+    @property
+    def splits(self) -> bool:
+        """Whether each message is cut over all queue pairs; else each goes over one in turn (2.20's default)."""
+        return self.minor <= 19 if self.split_queue_pairs is None else self.split_queue_pairs
+
+    @property
+    def big_endian_immediate(self) -> bool:
+        """Whether the immediate is in network order: from 2.29 on."""
+        return self.minor >= 29
+
+    @property
+    def exact_addresses(self) -> bool:
+        """Whether a split message's empty pieces are addressed by what was carried: from 2.29.7 on."""
+        patch = self.version.split(".")[2:]
+        return self.minor > 29 or (self.minor == 29 and (not patch or int(patch[0]) >= 7))
+
     @model_validator(mode="after")
     def _known(self) -> Layout:
-        if not 12 <= self.minor <= 19:
-            raise ValueError(f"version {self.version!r}: layouts of 2.12 to 2.19 are modelled")
+        if not 12 <= self.minor <= 30:
+            raise ValueError(f"version {self.version!r}: layouts of 2.12 to 2.30 are modelled")
+        if self.minor <= 17 and not self.splits:
+            raise ValueError(
+                f"split_queue_pairs is false: version {self.version} splits every message, 2.18 and later may not"
+            )
         if sorted(self.ring) != list(range(len(self.ring))):
             raise ValueError(f"ring {list(self.ring)} is not an order of the ranks 0 to {len(self.ring) - 1}")
         return self
@@ -247,6 +269,7 @@ class Connection(_Model):
     source: str
     destination: str
     proof: QueuePairProof | None = None
+    start_psn: Annotated[int, Field(ge=0, lt=2**24)] = 0
 
     @model_validator(mode="after")
     def _proved(self) -> Connection:

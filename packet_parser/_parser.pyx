@@ -10,13 +10,15 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
 from flowcheck._formats cimport (
-    FC_BAD_ICRC, FC_CONTROL, FC_ENCODING_LL, FC_ENCODING_NONE, FC_FOREIGN, FC_INITIAL_STATE, FC_LOAD_ACQUIRE,
+    FC_BAD_ICRC, FC_CONTROL, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_NONE, FC_FOREIGN, FC_INITIAL_STATE, FC_LOAD_ACQUIRE,
     FC_MALFORMED, FC_PLACED, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_publish, fc_record, fc_recover,
     fc_ring_header, fc_row, fc_segment)
 from flowcheck._wire cimport (
-    FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
+    FC_HAS_RETH, FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
     fc_icrc_right, fc_wire)
-from packet_parser._sync cimport FC_CREDIT_TAG, FC_PROVED, FC_REASONS, fc_data_flow, fc_judge, fc_sync
+from packet_parser._sync cimport (
+    FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_is_clean, fc_judge,
+    fc_sync)
 
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.verdicts import VERDICTS
@@ -31,8 +33,7 @@ cdef enum:
     BUCKETS = 4096              # of the flow table, at most half full
     NO_CONNECTION = 0xFFFF
     HOST = 0x1000000            # in place of a queue pair number: the key is a host of the plan
-    CREDIT_BYTES = 32           # of a credit up to NCCL 2.19; its tag, the sender's rank, is at CREDIT_TAG
-    CREDIT_TAG = 20
+    HELD = 255                  # not a verdict: the record must wait for a packet that proves its place
 
     KIND_NONE = 0
     KIND_DATA = 1
@@ -61,6 +62,9 @@ cdef struct flow_entry:
     uint32_t index              # KIND_DATA: of the data flow; KIND_CREDIT: of its connection's first one
     uint32_t count              # KIND_CREDIT: data flows of the connection
     uint32_t sender             # KIND_CREDIT: rank that the tag must name
+    uint32_t credit_bytes       # KIND_CREDIT: of a credit write, and where in it tag and message number lie
+    uint32_t credit_tag
+    uint32_t credit_index
 
 cdef inline uint32_t hash_key(const uint8_t *source, const uint8_t *destination, uint32_t queue_pair) noexcept nogil:
     cdef uint64_t words[4]
@@ -73,13 +77,14 @@ cdef inline uint32_t hash_key(const uint8_t *source, const uint8_t *destination,
 
 
 cdef class RingParser:
-    """RingParser(ring, programs, hosts, mtu, direction="both", host=()): `poll()` until `finished`, then `close()`.
+    """RingParser(ring, programs, hosts, mtu, silence_ns, direction="both", host=()): `poll()` until `finished`, then `close()`.
 
     Args:
         ring: a `flowcheck.ring.PacketRing`; its `parsed` cursor is moved by this object alone.
         programs: `flowcheck.layout.Program`s of the connections that the stream can show.
         hosts: addresses (16 bytes) between which management traffic is `control`.
         mtu: payload bytes of a full packet.
+        silence_ns: time in which no flow's sequence numbers can come round.
         direction: `inbound` takes every packet that is not for `host` as foreign, `outbound` every one that is.
         host: addresses (16 bytes) of the mirrored host.
 
@@ -103,6 +108,7 @@ cdef class RingParser:
     cdef uint8_t *host
     cdef uint32_t host_count
     cdef list tables
+    cdef uint64_t silence_ns
 
     def __cinit__(self):
         self.state = NULL
@@ -110,7 +116,7 @@ cdef class RingParser:
         self.entries = NULL
         self.host = NULL
 
-    def __init__(self, ring, programs, hosts, mtu, direction="both", host=()):
+    def __init__(self, ring, programs, hosts, mtu, silence_ns, direction="both", host=()):
         cdef uint32_t room, index
         self.ring = ring
         self.memory = ring.memory
@@ -130,6 +136,7 @@ cdef class RingParser:
             memcpy(self.host + 16 * self.host_count, <const uint8_t *> (<bytes> address), 16)
             self.host_count += 1
         self.tables = []
+        self.silence_ns = silence_ns
         for program in programs:
             self._add_program(program, mtu)
         for address in hosts:
@@ -159,42 +166,46 @@ cdef class RingParser:
                                   "in this ring: remove it and start again", str(self.ring.path))
         FC_STORE_RELEASE(&self.header.parsed, self.state.parsed)
 
-    def _add_program(self, program, mtu):
+    cdef _add_program(self, program, mtu):
         cdef uint32_t first = self.state.queue_pairs
         cdef const unsigned char[::1] rows, segments
-        cdef const fc_row *row
         cdef fc_data_flow *flow
-        cdef uint32_t number
+        cdef flow_entry *entry
         if first + len(program.data_queue_pairs) > MOST_QUEUE_PAIRS:
             raise ConfigError(f"more than {MOST_QUEUE_PAIRS} data queue pairs in one stream: show fewer links in it")
         for index, queue_pair in enumerate(program.data_queue_pairs):
             packed_segments, packed_rows = program.segments[index].tobytes(), program.rows[index].tobytes()
             self.tables.append((packed_segments, packed_rows))  # the flow points into them
-            self._add_entry(program.source, program.destination, queue_pair, KIND_DATA, program.connection,
-                            self.state.queue_pairs)
+            entry = self._add_entry(program.source, program.destination, queue_pair, KIND_DATA, program.connection)
+            entry.index = self.state.queue_pairs
             flow = self.flows + self.state.queue_pairs
             self.state.queue_pairs += 1
-            flow.connection = program.connection
+            flow.connection, flow.queue_pair = program.connection, index
             flow.mtu = mtu
             flow.slot_stride = program.slot_stride
             flow.slots = program.slots
+            flow.silence_ns = self.silence_ns
+            flow.start_psn = program.start_psn
+            flow.encoding = program.encoding
+            flow.big_endian_immediate = program.big_endian_immediate
+            if program.clean:
+                (flow.clean.offset, flow.clean.wire_bytes, flow.clean.address, flow.clean.packets,
+                 flow.clean.bulk_split) = program.clean[index]
+                flow.clean.message_wire_bytes = program.slot_stride
             if not packed_rows:
                 continue  # a connection that the job never uses: nothing on it can be proved
             segments, rows = packed_segments, packed_rows
             flow.table.segments = <const fc_segment *> &segments[0]
             flow.table.segment_count = segments.shape[0] // sizeof(fc_segment)
             flow.table.rows = <const fc_row *> &rows[0]
-            for number in range(rows.shape[0] // sizeof(fc_row)):
-                row = flow.table.rows + number
-                if row.encoding != FC_ENCODING_LL:
-                    raise ConfigError(f"connection {program.connection}: its layout has messages of encoding "
-                                      f"{row.encoding}, whose place this parser cannot prove: expected LL")
         for queue_pair in program.credit_queue_pairs:
-            self._add_entry(program.destination, program.source, queue_pair, KIND_CREDIT, program.connection, first,
-                            len(program.data_queue_pairs), program.sender_rank)
+            entry = self._add_entry(program.destination, program.source, queue_pair, KIND_CREDIT, program.connection)
+            entry.index, entry.count, entry.sender = first, len(program.data_queue_pairs), program.sender_rank
+            entry.credit_bytes, entry.credit_tag = program.credit.bytes, program.credit.tag
+            entry.credit_index = program.credit.index
 
-    def _add_entry(self, bytes source, bytes destination, uint32_t queue_pair, uint16_t kind, uint16_t connection,
-                   uint32_t index=0, uint32_t count=0, uint32_t sender=0):
+    cdef flow_entry *_add_entry(self, bytes source, bytes destination, uint32_t queue_pair, uint16_t kind,
+                                uint16_t connection) except NULL:
         cdef uint32_t place = hash_key(source, destination, queue_pair)
         cdef uint32_t tried = 0
         cdef flow_entry *entry
@@ -209,7 +220,7 @@ cdef class RingParser:
         memcpy(entry.source, <const uint8_t *> source, 16)
         memcpy(entry.destination, <const uint8_t *> destination, 16)
         entry.queue_pair, entry.kind, entry.connection = queue_pair, kind, connection
-        entry.index, entry.count, entry.sender = index, count, sender
+        return entry
 
     cdef inline flow_entry *_find(self, const uint8_t *source, const uint8_t *destination,
                                   uint32_t queue_pair) noexcept nogil:
@@ -237,22 +248,63 @@ cdef class RingParser:
         memset(none, 0, 16)
         return self._find(wire.source, none, HOST) != NULL and self._find(wire.destination, none, HOST) != NULL
 
-    cdef int _take_credit(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload) noexcept nogil:
-        """Hold a credit's tag against the edge; a contradiction ends the trust in the whole connection."""
+    cdef int _take_credit(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload,
+                          uint64_t now) noexcept nogil:
+        """Hold a credit's tag against the edge, and keep its message number; a wrong tag ends the connection's trust."""
         cdef uint32_t tag, index
-        if wire.opcode == FC_OP_WRITE_ONLY and wire.payload_length == CREDIT_BYTES:
-            memcpy(&tag, payload + CREDIT_TAG, 4)
-            if tag != entry.sender:
-                for index in range(entry.index, entry.index + entry.count):
+        cdef uint64_t number
+        if wire.opcode == FC_OP_WRITE_ONLY and wire.payload_length == entry.credit_bytes:
+            memcpy(&tag, payload + entry.credit_tag, 4)
+            memcpy(&number, payload + entry.credit_index, 8)
+            for index in range(entry.index, entry.index + entry.count):
+                if tag != entry.sender:
                     self.state.sync[index].refused = True
+                if number:
+                    self.state.sync[index].credit_message = number - 1
+                    self.state.sync[index].credit_ns = now
         return FC_CONTROL
 
-    cdef int _place(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload,
-                    fc_record *record) noexcept nogil:
+    cdef int _find_proof(self, const flow_entry *entry, uint64_t index, uint64_t written) noexcept nogil:
+        """Look behind record `index` for the packet that proves what is held: 1 found, 0 there is none, -1 not yet."""
+        cdef fc_data_flow flow = self.flows[entry.index]
+        cdef fc_sync *sync = self.state.sync + entry.index
+        cdef uint64_t ahead
+        cdef fc_record *record
+        cdef const uint8_t *frame
+        cdef fc_wire wire
+        for ahead in range(index + 1, written):
+            record = self._record(ahead)
+            frame = <const uint8_t *> record + sizeof(fc_record)
+            if (fc_decode(frame, self._stored(record), &wire) != FC_WIRE_OK or not wire.has & FC_HAS_RETH
+                    or not wire.has & FC_IS_REQUEST or self._wrong_direction(&wire)
+                    or self._find(wire.source, wire.destination, wire.dest_qp) != entry or not fc_icrc_right(frame, &wire)):
+                continue
+            if not fc_follow(&flow, sync, wire.psn) or fc_check(&flow, sync, &flow.place, &wire,
+                                                                frame + wire.payload_offset) != FC_PROVED:
+                return 0
+            if flow.place.packet >= flow.place.row.packets - flow.place.row.bulk_split:
+                continue  # the end of a message, which has no address
+            fc_extend_proof(&flow, sync, &wire)
+            return 1
+        if FC_LOAD_ACQUIRE(&self.header.ended) or written - index > self.mask / 2:
+            return 0
+        return -1
+
+    cdef int _place(self, const flow_entry *entry, const fc_wire *wire, const uint8_t *payload, fc_record *record,
+                    uint64_t index, uint64_t written) noexcept nogil:
         """Judge a request packet of a data queue pair and annotate its place."""
         cdef fc_data_flow *flow = self.flows + entry.index
-        cdef int reason = fc_judge(flow, self.state.sync + entry.index, wire, payload)
+        cdef fc_sync *sync = self.state.sync + entry.index
+        cdef int reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns)
+        cdef int proof
         cdef const fc_row *row
+        if reason == FC_HOLD:
+            proof = self._find_proof(entry, index, written)
+            if proof < 0:
+                return HELD
+            reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns) if proof else FC_UNPROVED
+            if reason == FC_HOLD:
+                reason = FC_UNPROVED
         if reason != FC_PROVED:
             self.state.reasons[reason] += 1
             return FC_UNSYNCHRONISED
@@ -262,20 +314,35 @@ cdef class RingParser:
                                        + flow.place.passes * flow.place.segment.period_iterations + row.iteration)
         record.message_bytes = row.message_bytes
         record.destination = row.destination
-        record.flag = <uint32_t> (flow.place.step + 1)
-        record.wire_offset = row.message_wire_offset
+        record.flag = 0
+        if flow.encoding == FC_ENCODING_LL128:
+            record.flag = flow.place.step + 1
+        elif flow.encoding == FC_ENCODING_LL:
+            record.flag = <uint32_t> (flow.place.step + 1)
+        record.wire_offset = flow.clean.offset if fc_is_clean(flow, flow.place.step) else row.message_wire_offset
         if wire.payload_length:
             record.wire_offset += flow.place.packet * flow.mtu
         record.settled_lag = row.settled_lag
+        record.queue_pair = flow.queue_pair
+        if flow.place.packet + 1 == sync.packets:
+            record.last_pieces = row.last_pieces
         if wire.payload_length == 0 and (row.verdict == FC_PLACED or row.verdict == FC_INITIAL_STATE):
             return FC_CONTROL  # a message, or the end of one, without a byte of its own
         return row.verdict
 
-    cdef int _judge(self, const uint8_t *frame, uint32_t length, fc_record *record) noexcept nogil:
-        """Return the verdict on one frame, and annotate all else in its record."""
+    cdef inline fc_record *_record(self, uint64_t index) noexcept nogil:
+        return <fc_record *> (self.records + (index & self.mask) * self.record_bytes)
+
+    cdef inline uint32_t _stored(self, const fc_record *record) noexcept nogil:
+        cdef uint32_t room = self.record_bytes - sizeof(fc_record)
+        return record.stored_length if record.stored_length < room else room
+
+    cdef int _judge(self, fc_record *record, uint64_t index, uint64_t written) noexcept nogil:
+        """Return the verdict on the frame of a record, or HELD, and annotate all else."""
+        cdef const uint8_t *frame = <const uint8_t *> record + sizeof(fc_record)
         cdef fc_wire wire
         cdef flow_entry *entry
-        cdef int result = fc_decode(frame, length, &wire)
+        cdef int result = fc_decode(frame, self._stored(record), &wire), verdict
         self.state.results[result] += 1
         if result == FC_WIRE_NOT_ROCE:
             return FC_FOREIGN
@@ -295,9 +362,11 @@ cdef class RingParser:
         record.payload_offset = wire.payload_offset
         record.payload_length = wire.payload_length
         if entry.kind == KIND_CREDIT:
-            return self._take_credit(entry, &wire, frame + wire.payload_offset)
+            return self._take_credit(entry, &wire, frame + wire.payload_offset, record.timestamp_ns)
         if wire.has & FC_IS_RC and wire.has & FC_IS_REQUEST:
-            return self._place(entry, &wire, frame + wire.payload_offset, record)
+            verdict = self._place(entry, &wire, frame + wire.payload_offset, record, index, written)
+            self.state.results[result] -= verdict == HELD
+            return verdict
         return FC_CONTROL
 
     cdef uint32_t _burst(self, uint64_t written) noexcept nogil:
@@ -305,7 +374,6 @@ cdef class RingParser:
         cdef uint64_t end = written if written - begin < BURST else begin + BURST
         cdef uint64_t index
         cdef uint8_t *ahead
-        cdef uint32_t length
         cdef fc_record *record
         cdef int verdict
         for index in range(begin, end):
@@ -313,10 +381,7 @@ cdef class RingParser:
             prefetch(ahead)
             prefetch(ahead + 64)
             prefetch(ahead + 128)
-            record = <fc_record *> (self.records + (index & self.mask) * self.record_bytes)
-            length = record.stored_length
-            if length > self.record_bytes - sizeof(fc_record):
-                length = self.record_bytes - sizeof(fc_record)
+            record = self._record(index)
             record.encoding = FC_ENCODING_NONE
             record.connection = NO_CONNECTION
             record.payload_offset = 0
@@ -328,7 +393,12 @@ cdef class RingParser:
             record.wire_offset = 0
             record.settled_lag = 0
             record.decision = 0
-            verdict = self._judge(<const uint8_t *> record + sizeof(fc_record), length, record)
+            record.last_pieces = 0
+            record.queue_pair = 0
+            verdict = self._judge(record, index, written)
+            if verdict == HELD:
+                end = index
+                break
             record.verdict = verdict
             self.state.verdicts[verdict] += 1
         self.state.parsed = end

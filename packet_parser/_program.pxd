@@ -68,35 +68,45 @@ cdef inline bint fc_locate_position(const fc_table *table, uint64_t position, fc
         return True
     return False
 
-cdef inline bint fc_locate_step(const fc_table *table, uint64_t step, fc_place *place) noexcept nogil:
-    """Find the message of step `step`, packet 0; False if this queue pair does not carry it. `place` need not be set."""
-    cdef uint64_t behind
+cdef inline bint fc_locate_count(const fc_table *table, uint64_t count, bint by_step, fc_place *place) noexcept nogil:
+    """Find the last message of this queue pair whose step, or whose number on the connection, is at most `count`.
+
+    Packet 0; False if there is none in the segment that `count` lies in. `place` need not be set.
+    """
+    cdef uint64_t behind, begin, period
     cdef uint32_t low, high, middle, index
     cdef const fc_segment *segment
     cdef const fc_row *row
     for index in range(table.segment_count):
         segment = table.segments + index
-        if step < segment.first_step:
+        begin = segment.first_step if by_step else segment.first_message
+        period = segment.period_steps if by_step else segment.period_messages
+        if count < begin:
             return False
-        behind = step - segment.first_step
-        if not fc_in_segment(segment, behind, segment.period_steps):
+        behind = count - begin
+        if not fc_in_segment(segment, behind, period):
             continue
-        fc_set_pass(segment, behind / segment.period_steps, place)
-        behind %= segment.period_steps
+        fc_set_pass(segment, behind / period, place)
+        behind %= period
         low, high = 0, segment.rows
         while high - low > 1:
             middle = (low + high) / 2
-            if table.rows[segment.first_row + middle].step <= behind:
+            row = table.rows + segment.first_row + middle
+            if (row.step if by_step else row.message) <= behind:
                 low = middle
             else:
                 high = middle
         row = table.rows + segment.first_row + low
-        if row.step != behind:
+        if (row.step if by_step else row.message) > behind:
             return False
         fc_set_row(row, place)
         place.packet = 0
         return True
     return False
+
+cdef inline uint64_t fc_message(const fc_place *place) noexcept nogil:
+    """Return the number, on the connection, of the message at a place."""
+    return place.segment.first_message + place.passes * place.segment.period_messages + place.row.message
 
 cdef inline uint64_t fc_position(const fc_place *place) noexcept nogil:
     """Return the number of the packet, in the queue pair, at a place."""

@@ -44,4 +44,6 @@ class Parser(RingParser):
         programs = compile_programs(plan)
         hosts = {address for program in programs for address in (program.source, program.destination)}
         shown = [program for program in programs if program.edge in entry.links]
-        super().__init__(ring, shown, sorted(hosts), shard.layout.mtu, direction, entry.host_bytes)
+        # A quarter of the sequence, at the rate of the link: beyond it, numbers may have come round unseen.
+        silence_ns = 2**22 * shard.layout.mtu * 8 // shard.layout.link_gbps
+        super().__init__(ring, shown, sorted(hosts), shard.layout.mtu, silence_ns, direction, entry.host_bytes)

@@ -8,9 +8,13 @@ from typing import Any
 
 import click
 
+from flowcheck.errors import ConfigError
 from flowcheck.options import Group, command_settings, debug_option, version_option
 
 __all__ = ["main"]
+
+# Named here, not taken from workload_gen.record: that one imports torch.
+_OPTIMIZERS = ["sgd", "adam", "adamw", "adagrad", "rmsprop", "adamax", "nadam", "radam"]
 
 
 @click.group(cls=Group, context_settings=command_settings)
@@ -36,11 +40,11 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder.")
 @click.option(
-    "--protocol", type=click.Choice(["ll"]), default="ll", show_default=True, expose_value=False, help="Of the library."
+    "--protocol", type=click.Choice(["ll", "ll128", "simple"]), default="ll", show_default=True, help="Of the library."
 )
 @click.option(
     "--nccl",
-    type=click.Choice([f"2.{minor}" for minor in range(12, 20)]),
+    type=click.Choice([f"2.{minor}" for minor in range(12, 31)]),
     default="2.19",
     show_default=True,
     help="Library version.",
@@ -54,6 +58,15 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
 )
 @click.option("--pin-channels", is_flag=True, help="Every operation uses all channels and threads.")
 @click.option(
+    "--qps", "queue_pairs", type=click.IntRange(1, 8), default=1, show_default=True, help="Queue pairs a connection."
+)
+@click.option(
+    "--split-qps/--no-split-qps",
+    "split_queue_pairs",
+    default=None,
+    help="Cut each message over all queue pairs, or let them take turns; default: as the version does.",
+)
+@click.option(
     "--mtu",
     type=click.Choice(["256", "512", "1024", "2048", "4096"]),
     default="1024",
@@ -61,20 +74,18 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
     help="Payload bytes of a packet.",
 )
 @click.option("--ip", type=click.Choice(["4", "6"]), default="6", show_default=True, help="IP version.")
+@click.option("--vlan", type=click.IntRange(1, 4094), help="802.1Q tag of every frame.")
 @click.option(
     "--adaptive-routing", is_flag=True, help="Split messages of more than 8,192 bytes as the library does then."
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32"]),
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
     default="float32",
     show_default=True,
-    expose_value=False,
     help="Of parameters and gradients.",
 )
-@click.option(
-    "--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", show_default=True, help="From torch.optim."
-)
+@click.option("--optimizer", type=click.Choice(_OPTIMIZERS), default="sgd", show_default=True, help="From torch.optim.")
 @click.option("--fused/--no-fused", default=False, help="The optimizer's fused form.")
 @click.option(
     "--params",
@@ -94,6 +105,7 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.option(
     "--links", callback=_links, metavar="N,N..", help="Mirrored links; default: 0 and ranks-1, both sides of rank 0."
 )
+@click.option("--startup/--no-startup", default=True, show_default=True, help="Record the job's start-up collectives.")
 @click.option(
     "--start-psn", type=click.IntRange(0, 2**24 - 1), default=0, show_default=True, help="First packet sequence number."
 )
@@ -117,5 +129,10 @@ def record(mtu: str, ip: str, **options: Any) -> None:
     from workload_gen.record import Recording
     from workload_gen.record import record as run
 
+    recording = Recording(mtu=int(mtu), ip=int(ip), **options)
+    try:
+        recording.layout()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
     with step_progress() as progress:
-        run(Recording(mtu=int(mtu), ip=int(ip), **options), lambda done, total: progress("iterations", done, total))
+        run(recording, lambda done, total: progress("iterations", done, total))

@@ -22,13 +22,13 @@ _TTL = 64
 
 @dataclass(frozen=True)
 class Path:
-    """From where to where a frame goes: MAC addresses (6 bytes), IP addresses as text, UDP source port."""
+    """From where to where a frame goes: MAC addresses (6 bytes), IP addresses as text, VLAN number or None."""
 
     source_mac: bytes
     destination_mac: bytes
     source: str
     destination: str
-    source_port: int
+    vlan: int | None = None
 
 
 def source_port(one: int, other: int) -> int:
@@ -40,12 +40,17 @@ def source_port(one: int, other: int) -> int:
     return (label & 0x3FFF) ^ (label >> 14) | 0xC000
 
 
-def frame(path: Path, opcode: int, queue_pair: int, psn: int, extended: bytes = b"", payload: bytes = b"") -> bytes:
-    """Return a frame; `extended` are the transport headers that follow the BTH, `psn` counts modulo 2^24."""
+def frame(
+    path: Path, opcode: int, queue_pair: int, peer: int, psn: int, extended: bytes = b"", payload: bytes = b""
+) -> bytes:
+    """Return a frame to a queue pair from its `peer`; `extended` are the transport headers that follow the BTH.
+
+    `psn` counts modulo 2^24.
+    """
     pad = -len(payload) % 4
     bth = struct.pack(">BBHII", opcode, pad << 4, 0xFFFF, queue_pair, psn & 0xFFFFFF)
     body = bth + extended + payload + bytes(pad)
-    udp = struct.pack(">HHHH", path.source_port, _PORT, 8 + len(body) + 4, 0)
+    udp = struct.pack(">HHHH", source_port(queue_pair, peer), _PORT, 8 + len(body) + 4, 0)
     source, destination = ipaddress.ip_address(path.source), ipaddress.ip_address(path.destination)
     if source.version == 6:
         ip = struct.pack(">IHBB", 6 << 28, 8 + len(body) + 4, 17, _TTL) + source.packed + destination.packed
@@ -62,10 +67,11 @@ def frame(path: Path, opcode: int, queue_pair: int, psn: int, extended: bytes = 
         masked = ip[:1] + b"\xff" + ip[2:8] + b"\xff" + ip[9:10] + b"\xff\xff" + ip[12:]
     # Fields that a switch may change count as ones: type of service, hops, checksums, the BTH's congestion bits.
     covered = b"\xff" * 8 + masked + udp[:6] + b"\xff\xff" + body[:4] + b"\xff" + body[5:]
-    ethernet = path.destination_mac + path.source_mac + (b"\x86\xdd" if source.version == 6 else b"\x08\x00")
+    tag = b"" if path.vlan is None else struct.pack(">HH", 0x8100, path.vlan)
+    ethernet = path.destination_mac + path.source_mac + tag + (b"\x86\xdd" if source.version == 6 else b"\x08\x00")
     return ethernet + ip + udp + body + struct.pack("<I", zlib.crc32(covered))
 
 
-def ack(path: Path, queue_pair: int, psn: int, message_number: int) -> bytes:
+def ack(path: Path, queue_pair: int, peer: int, psn: int, message_number: int) -> bytes:
     """Return a positive acknowledgement with unlimited credits."""
-    return frame(path, ACKNOWLEDGE, queue_pair, psn, struct.pack(">I", 0x1F << 24 | message_number & 0xFFFFFF))
+    return frame(path, ACKNOWLEDGE, queue_pair, peer, psn, struct.pack(">I", 0x1F << 24 | message_number & 0xFFFFFF))

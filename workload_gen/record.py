@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: MIT
-"""Trains a GPT on several ranks in one process, and leaves what a mirrored network would have shown, and the truth."""
+"""Trains a GPT with DDP on several ranks of one machine; leaves what a mirrored network would have shown, and the truth.
+
+Each rank is a process of its own, on the ring of `workload_gen.ring`; a rank whose outgoing link is mirrored writes
+that link's capture file.
+"""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import flowcheck
 from flowcheck import plan as plans
-from flowcheck.errors import ConfigError
-from workload_gen import gpt
-from workload_gen.wire import Fabric, make_senders
+from flowcheck.errors import ConfigError, FlowCheckError
+from workload_gen import backend, gpt, recorded_plan
+from workload_gen.wire import Connection, LinkTap, connections
 
-__all__ = ["Recording", "record"]
+__all__ = ["OPTIMIZERS", "Recording", "record"]
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-    "adamw": {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+#: Class and options by the name that the command takes.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
+    "adamw": ("AdamW", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
+    "adagrad": ("Adagrad", {"lr": 0.01}),
+    "rmsprop": ("RMSprop", {"lr": 0.001, "momentum": 0.9}),
+    "adamax": ("Adamax", {"lr": 0.002}),
+    "nadam": ("NAdam", {"lr": 0.002}),
+    "radam": ("RAdam", {"lr": 0.001}),
 }
-_CLASSES = {"sgd": "SGD", "adamw": "AdamW"}
-_MEBI = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,106 +51,49 @@ class Recording:
     out: Path
     ranks: int = 2
     iterations: int = 10
+    protocol: str = "ll"
     nccl: str = "2.19"
     channels: int = 1
     pin_channels: bool = False
+    queue_pairs: int = 1
+    split_queue_pairs: bool | None = None
     mtu: int = 1024
     ip: int = 6
+    vlan: int | None = None
     adaptive_routing: bool = False
+    dtype: str = "float32"
     optimizer: str = "sgd"
     fused: bool = False
     parameters: int = 20_000
     bucket_mb: float = 25.0
     links: tuple[int, ...] | None = None
+    startup: bool = True
     start_psn: int = 0
     seed: int = 1
     resume: Path | None = None
 
+    def layout(self) -> plans.Layout:
+        """Return the library's layout; ConfigError if the version cannot have the options.
 
-def _buckets(model: gpt.GPT, limit_bytes: float) -> list[list[str]]:
-    """Return the rebuilt buckets: parameters in the order their gradients are ready, last first, up to a size."""
-    buckets: list[list[str]] = [[]]
-    size = 0
-    for name, parameter in reversed(list(model.named_parameters())):
-        if buckets[-1] and size + parameter.nbytes > limit_bytes:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(name)
-        size += parameter.nbytes
-    return buckets
-
-
-def _bucket_plan(shapes: dict[str, tuple[int, ...]], names: list[str]) -> dict[str, Any]:
-    offset, parameters = 0, []
-    for name in names:
-        parameters.append({"name": name, "shape": list(shapes[name]), "offset": offset})
-        offset += int(np.prod(shapes[name]))
-    return {"dtype": "float32", "elements": offset, "parameters": parameters}
-
-
-def _plan(recording: Recording, model: gpt.GPT, links: list[int], senders: list[Any]) -> dict[str, Any]:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    owners = {id(p): name for name, p in model.named_parameters()}
-    keys = model.state_dict(keep_vars=True)
-    total = sum(p.numel() for p in model.parameters())
-    described = sum(2 * len(shape) for shape in shapes.values())
-    rebuilt = _buckets(model, recording.bucket_mb * _MEBI)
-    connections = [
-        {
-            "edge": s.edge, "channel": s.channel, "source": s.forward.source, "destination": s.forward.destination,
-            "proof": {"kind": "queue_pair", "data": [s.data_queue_pair], "credit": [s.credit_queue_pair]},
+        Up to 2.15 long messages are always split as for adaptive routing (net_ib.cc).
+        """
+        document = {
+            "source": "modelled",
+            "library": "nccl",
+            "version": self.nccl,
+            "protocol": self.protocol,
+            "ring": list(range(self.ranks)),
+            "channels": self.channels,
+            "pin_channels": self.pin_channels,
+            "queue_pairs": self.queue_pairs,
+            "split_queue_pairs": self.split_queue_pairs,
+            "mtu": self.mtu,
+            "adaptive_routing": self.adaptive_routing,
         }
-        for s in senders
-    ]  # fmt: skip
-    return {
-        "format": "flowcheck-plan",
-        "version": 1,
-        "job": {"run_id": f"recorded-gpt-seed{recording.seed}", "attempt": 1, "world_size": recording.ranks},
-        "shards": [
-            {
-                "name": "model",
-                "startup": [
-                    {"op": "all_gather", "dtype": "int64", "elements": 1},
-                    {"op": "broadcast", "dtype": "int64", "elements": described},
-                    {"op": "broadcast", "dtype": "float32", "elements": total, "carries": "initial_state"},
-                ],
-                "revisions": [
-                    {"from_iteration": 1, "buckets": [_bucket_plan(shapes, list(shapes))]},
-                    {
-                        "from_iteration": 2,
-                        "before": [
-                            {"op": "broadcast", "dtype": "int32", "elements": len(shapes) + 1},
-                            {"op": "broadcast", "dtype": "int32", "elements": len(rebuilt)},
-                        ],
-                        "buckets": [_bucket_plan(shapes, names) for names in rebuilt],
-                    },
-                ],
-                "layout": {
-                    "source": "modelled", "library": "nccl", "version": recording.nccl, "protocol": "ll",
-                    "ring": list(range(recording.ranks)), "channels": recording.channels,
-                    "pin_channels": recording.pin_channels, "mtu": recording.mtu,
-                    "adaptive_routing": recording.adaptive_routing,
-                },
-                "connections": connections,
-                "streams": [{"name": f"link-{link}", "links": [link]} for link in links],
-            }
-        ],
-        "state": [
-            {"key": key, "kind": "parameter", "dtype": "float32", "shape": list(value.shape), "parameter": owners[id(value)]}
-            for key, value in keys.items()
-        ],
-        "initial_state": {"source": "broadcast", "tensors": list(shapes)},
-        "optimizer": {
-            "class": _CLASSES[recording.optimizer],
-            "form": "fused" if recording.fused else "default",
-            "groups": [{"parameters": list(shapes), "options": _OPTIONS[recording.optimizer]}],
-        },
-        "arithmetic": {
-            "torch": torch.__version__.split("+")[0],
-            "device": "cpu",
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-    }  # fmt: skip
+        try:
+            return plans.Layout.model_validate_json(json.dumps(document))
+        except ValueError as error:
+            raise ConfigError(str(error).splitlines()[2].strip().removeprefix("Value error, ")) from error
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
@@ -146,95 +104,172 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
 
 
-def _load_resume(path: Path, model: gpt.GPT, optimizer: torch.optim.Optimizer) -> int:
+def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process when the one that wants the recording is gone, however it went."""
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Rank:
+    """One rank of the job."""
+
+    def __init__(self, recording: Recording, rank: int, links: tuple[int, ...], rendezvous: str) -> None:
+        self.recording, self.rank, self.layout = recording, rank, recording.layout()
+        self.links = {link: self._connections(link) for link in links}
+        self.tap = LinkTap(self.layout, self._connections(rank), self._capture) if rank in links else None
+        self._groups = backend.register(self.layout, lambda _: self.tap)
+        store = dist.FileStore(rendezvous, recording.ranks)
+        dist.init_process_group(backend.NAME, store=store, rank=rank, world_size=recording.ranks)
+
+    @property
+    def _capture(self) -> Path:
+        return self.recording.out / f"link-{self.rank}.pcapng"
+
+    def _connections(self, link: int) -> list[Connection]:
+        recording = self.recording
+        return connections(self.layout, link, recording.ip, recording.vlan, recording.start_psn)
+
+    def train(self, done: Callable[[int], None]) -> str:
+        """Train; return a digest of the final state."""
+        recording = self.recording
+        model = gpt.build(recording.parameters, recording.seed).to(getattr(torch, recording.dtype))
+        name, options = OPTIMIZERS[recording.optimizer]
+        form = {"fused": True} if recording.fused else {}
+        optimizer = getattr(torch.optim, name)(model.parameters(), **options, **form)
+        if self.tap:
+            self.tap.recording = recording.startup
+        ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb)
+        if self.tap:
+            self.tap.recording = True
+        if self.rank == 0 and not recording.startup:
+            state = {"model": model.state_dict()}
+            _write(recording.out / "initial.pt", lambda path: torch.save(state, path))
+
+        def backward(iteration: int) -> None:
+            inputs, targets = gpt.batch(recording.seed, self.rank, iteration)
+            torch.nn.functional.cross_entropy(ddp(inputs).flatten(0, 1), targets.flatten()).backward()
+
+        begin = 0
+        if recording.resume:
+            begin = flowcheck.resume(ddp, optimizer, recording.resume, lambda: backward(1))
+        operations = self._groups[0].operations
+        startup, seen = list(operations), []
+        for iteration in range(begin + 1, recording.iterations + 1):
+            operations.clear()
+            optimizer.zero_grad(set_to_none=True)
+            backward(iteration)
+            if self.rank == 0 and self.links and iteration <= 2:
+                seen.append((list(operations), recorded_plan.buckets_of(ddp)))
+                if iteration == min(2, recording.iterations):
+                    self._write_plan(model, optimizer, startup if recording.startup else None, seen)
+            optimizer.step()
+            if self.rank == 0:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+                truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
+                _write(truth, lambda path, state=state: torch.save(state, path))
+                done(iteration)
+        digest = hashlib.sha256()
+        for parameter in model.parameters():
+            digest.update(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes())
+        self._groups[0].ring.close()
+        if self.tap:
+            self.tap.close()
+        return digest.hexdigest()
+
+    def _write_plan(self, model: Any, optimizer: Any, startup: Any, seen: Any) -> None:
+        recording = self.recording
+        document = recorded_plan.document(
+            run_id=f"recorded-gpt-seed{recording.seed}",
+            model=model,
+            optimizer=optimizer,
+            form="fused" if recording.fused else "default",
+            options=OPTIMIZERS[recording.optimizer][1],
+            layout=self.layout,
+            links={link: self._connections(link) for link in self.links},
+            startup=startup,
+            iterations=seen,
+        )
+        plans.parse(json.dumps(document), "the recorded plan")
+        _write(recording.out / "plan.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+
+
+def _run_rank(recording: Recording, rank: int, links: tuple[int, ...], rendezvous: str, pipe: Any) -> None:
+    """Be one rank, in a process of its own; what it has to say goes into the pipe."""
+    _die_with(multiprocessing.parent_process())
+    torch.set_num_threads(1)
     try:
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["iteration"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot resume from it: {str(error).splitlines()[0]}") from error
+        job = _Rank(recording, rank, links, rendezvous)
+        pipe.send(("digest", job.train(lambda iteration: pipe.send(("iteration", iteration)))))
+    except FlowCheckError as error:
+        pipe.send(("error", error))
+    except Exception as error:
+        pipe.send(("error", FlowCheckError(f"rank {rank}: {type(error).__name__}: {error}")))
+        raise
 
 
 def record(recording: Recording, progress: Callable[[int, int], None] | None = None) -> None:
     """Train, and write plan, captures and truth into `recording.out`, which must be new or empty.
 
-    With `resume` the job goes on after the iteration of a restored state, with the buckets it had; then only the truth
-    is written, since a plan counts its iterations from the start of the job.
+    With `resume` the job goes on after the iteration of a restored state; then only the truth is written, since a plan
+    counts its iterations from the start of the job.
 
     Raises:
         ConfigError: the folder is not empty, the options contradict each other, or the state to resume from does not fit.
+        FlowCheckError: a rank failed.
     """
     out = recording.out
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty; name a new folder")
-    links = [] if recording.resume else sorted(set(recording.links or (0, recording.ranks - 1)))
+    links = () if recording.resume else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
     if any(not 0 <= link < recording.ranks for link in links):
-        raise ConfigError(f"links {links}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}")
-    model = gpt.build(recording.parameters, recording.seed)
-    form = {"fused": True} if recording.fused else {}
-    kind = getattr(torch.optim, _CLASSES[recording.optimizer])
-    optimizer = kind(model.parameters(), **_OPTIONS[recording.optimizer], **form)
-    begin = _load_resume(recording.resume, model, optimizer) if recording.resume else 0
+        raise ConfigError(
+            f"links {list(links)}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}"
+        )
+    recording.layout()
     (out / "truth").mkdir(parents=True, mode=0o700)
-    layout = plans.Layout(
-        source="modelled", library="nccl", version=recording.nccl, protocol="ll", ring=tuple(range(recording.ranks)),
-        channels=recording.channels, pin_channels=recording.pin_channels, mtu=recording.mtu,
-        adaptive_routing=recording.adaptive_routing,
-    )  # fmt: skip
-    senders = make_senders(layout, links, out, recording.ip, recording.start_psn)
-    if links:
-        document = _plan(recording, model, links, senders)
-        plans.parse(json.dumps(document), "the recorded plan")
-        _write(out / "plan.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
-    fabric = Fabric(layout, senders)
-    if not recording.resume:
-        _start_up(fabric, model, recording.ranks)
-    rebuilt = _buckets(model, recording.bucket_mb * _MEBI)
-    for iteration in range(begin + 1, recording.iterations + 1):
-        if iteration == 2:
-            fabric.broadcast(np.arange(len(list(model.named_parameters())) + 1, dtype="<i4").tobytes())
-            fabric.broadcast(np.array([len(names) for names in rebuilt], "<i4").tobytes())
-        buckets = rebuilt if iteration > 1 else [[name for name, _ in model.named_parameters()]]
-        _step(fabric, model, optimizer, recording, iteration, buckets)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
-        _write(out / "truth" / f"iteration-{iteration:06}.pt", lambda path, state=state: torch.save(state, path))
-        if progress:
-            progress(iteration, recording.iterations)
-    fabric.close()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["workload_gen.record"])
+    with tempfile.TemporaryDirectory(prefix="flowcheck-record-") as folder:
+        pipes, processes = [], []
+        for rank in range(recording.ranks):
+            pipe, theirs = context.Pipe(duplex=False)
+            arguments = (recording, rank, links, f"{folder}/rendezvous", theirs)
+            processes.append(context.Process(target=_run_rank, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(pipe)
+        try:
+            digests = _follow(pipes, lambda done: progress and progress(done, recording.iterations))
+        finally:
+            for process in processes:
+                process.join(None if len(pipes) == 0 else 0.1)
+                process.kill()
+                process.join()
+    if len(set(digests)) != 1:
+        raise FlowCheckError("the ranks ended with different parameters")
 
 
-def _start_up(fabric: Fabric, model: gpt.GPT, ranks: int) -> None:
-    """Record what DDP does when it is made: check the parameter count and shapes, broadcast the values."""
-    parameters = list(model.parameters())
-    fabric.all_gather([np.array([len(parameters)], "<i8").tobytes()] * ranks)
-    described = itertools.chain(
-        itertools.chain(*(p.shape for p in parameters)), itertools.chain(*(p.stride() for p in parameters))
-    )
-    fabric.broadcast(np.array(list(described), "<i8").tobytes())
-    fabric.broadcast(torch.cat([p.detach().reshape(-1) for p in parameters]).numpy().tobytes())
-
-
-def _step(
-    fabric: Fabric,
-    model: gpt.GPT,
-    optimizer: torch.optim.Optimizer,
-    recording: Recording,
-    iteration: int,
-    buckets: list[list[str]],
-) -> None:
-    """Do one iteration of all ranks: backward on each one's batch, all-reduce of each bucket, one optimizer step."""
-    named = dict(model.named_parameters())
-    flats: list[list[np.ndarray]] = []
-    for rank in range(recording.ranks):
-        inputs, targets = gpt.batch(recording.seed, rank, iteration)
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
-        scaled = {name: p.grad / recording.ranks for name, p in named.items()}
-        flats.append([torch.cat([scaled[name].reshape(-1) for name in names]).numpy() for names in buckets])
-    for number, names in enumerate(buckets):
-        reduced = torch.from_numpy(fabric.all_reduce([flat[number] for flat in flats]))
-        for name, piece in zip(names, reduced.split([named[name].numel() for name in names]), strict=True):
-            named[name].grad = piece.view_as(named[name])
-    optimizer.step()
+def _follow(pipes: list[Any], progress: Callable[[int], None]) -> list[str]:
+    """Return each rank's digest; removes the pipes of those that are done. Raises what a rank failed with."""
+    digests, errors = [], []
+    while pipes and not errors:
+        for pipe in multiprocessing.connection.wait(pipes):
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                errors.append(FlowCheckError("a rank was killed"))
+                pipes.remove(pipe)
+                continue
+            if kind == "iteration":
+                progress(value)
+                continue
+            (digests if kind == "digest" else errors).append(value)
+            pipes.remove(pipe)
+    # A rank that fails takes its neighbours with it: what they say of it is not the cause.
+    for error in sorted(errors, key=lambda error: "ConnectionError" in str(error)):
+        raise error
+    return digests

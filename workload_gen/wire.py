@@ -1,33 +1,72 @@
 # SPDX-License-Identifier: MIT
-"""The recorded network: collectives of all ranks, done in one process, and what they put on the mirrored links.
-
-A ring all-reduce adds in exactly the order of the library's: chunk c begins at ring position c+1, every hop adds its
-own value and rounds to the dtype. So the sums, and the frames, have the bits that ranks of their own would produce.
-"""
+"""What a link would have shown: the frames of one rank's collectives, from it to the next one and back, into a file."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
 import numpy as np
+import torch
 
-from flowcheck.layout import BULK_SPLIT_BYTES, LL_SLOT_BYTES, SLOTS, Message, all_gather, all_reduce, broadcast
+from flowcheck import layout as layouts
+from flowcheck import schedule
 from flowcheck.plan import Layout
 from workload_gen import frames
 from workload_gen.pcapng import PcapngWriter
 
-__all__ = ["Fabric", "Sender", "make_senders"]
+__all__ = ["Connection", "LinkTap", "connections", "encode"]
 
 #: Between two frames; what the clock of a recording shows means nothing else.
 FRAME_NS = 700
-#: Credits (CTS) of 2.12 to 2.19: 32 bytes, written into a ring of 64 entries up to 2.18, of 256 from 2.19, eight apart.
-CREDIT_BYTES, CREDIT_STRIDE = 32, 256
+#: Credits (CTS) are written into a ring of 64 entries up to 2.18, of 256 from 2.19; entries are eight elements apart.
+CREDIT_ELEMENTS = 8
+#: Where each version's credit has size, rkey and nreqs: struct formats with addr, size, rkey, nreqs, tag, idx in order.
+_CREDIT_FORMS = ((19, "<QIIIIQ"), (23, "<QII4xIIxxxxQ24x"), (29, "<QQI12xIIQ16x"), (30, "<QQI28xIIQ"))
+
+
+def _units128() -> np.ndarray:
+    """Return where in a warp's 256 words of LL128 each of its 240 data words lies (prims_ll128.h, its shuffle)."""
+    words = []
+    for word in range(240):
+        half, item, odd = word // 120, word % 120 // 2, word % 2
+        line, place = divmod(item, 8) if item < 32 else divmod(item - 32, 7)
+        if item >= 32:
+            line += 4
+        elif place == 7 and odd:
+            line, odd = line + 4, 0
+        words.append((8 * half + line) * 16 + 2 * place + odd)
+    return np.array(words)
+
+
+_UNITS128 = _units128()
+
+
+def encode(protocol: str, data: bytes, step: int, stale: bytes) -> bytes:
+    """Return a message's payload; `stale` (8 bytes) is repeated where the library sends what its registers held."""
+    if protocol == "simple":
+        return data
+    unit = 8 if protocol == "ll" else 1920
+    filled = data + (stale * (unit // 8))[: -len(data) % unit]
+    if protocol == "ll":
+        words = np.frombuffer(filled, "<u4").reshape(-1, 2)
+        lines = np.empty((len(words), 4), "<u4")
+        lines[:, 0::2] = words
+        lines[:, 1::2] = (step + 1) & 0xFFFFFFFF
+        if step & 0x7FFFFFF8 == 0x7FFFFFF8:
+            rest = np.zeros((schedule.PROTOCOLS["ll"].slot_bytes // 16 - len(lines), 4), "<u4")
+            rest[:, 1::2] = (step + 1) & 0xFFFFFFFF
+            lines = np.concatenate([lines, rest])
+        return lines.tobytes()
+    groups = np.full((len(filled) // 1920, 256), step + 1, "<u8")
+    groups[:, _UNITS128] = np.frombuffer(filled, "<u8").reshape(-1, 240)
+    return groups.tobytes()
 
 
 @dataclass
-class Sender:
+class Connection:
     """One mirrored connection: its addresses and queue pairs, and its counters as both ends keep them."""
 
     edge: int
@@ -35,93 +74,121 @@ class Sender:
     rank: int
     forward: frames.Path
     backward: frames.Path
-    data_queue_pair: int
-    credit_queue_pair: int
-    start_psn: int
+    data_queue_pairs: list[int]
+    credit_queue_pairs: list[int]
     base_address: int
-    file: PcapngWriter
-    psn: int = 0
+    psn: list[int]
     step: int = 0
     messages: int = 0
-    completed: int = 0
-    stale: bytes = field(default=b"\xa5\x5a\xa5\x5a\xa5\x5a\xa5\x5a")
+    completed: list[int] = field(default_factory=list)
+    stale: bytes = b"\xa5\x5a\xa5\x5a\xa5\x5a\xa5\x5a"
+
+    def __post_init__(self) -> None:
+        self.completed = [0] * len(self.psn)
 
 
-class Fabric:
-    """All connections of a job; collectives go through it, the mirrored ones into capture files."""
+def connections(layout: Layout, edge: int, ip_version: int, vlan: int | None, start_psn: int) -> list[Connection]:
+    """Return the connections of a link, a channel each; every process that asks gets the same numbers."""
+    ranks = len(layout.ring)
+    sending, receiving = layout.ring[edge], layout.ring[(edge + 1) % ranks]
 
-    def __init__(self, layout: Layout, senders: list[Sender]) -> None:
-        self._layout, self._senders = layout, senders
+    def address(rank: int) -> str:
+        return f"fe80::f10c:{rank + 1:x}" if ip_version == 6 else f"10.0.{(rank + 1) >> 8}.{(rank + 1) & 255}"
+
+    def mac(rank: int) -> bytes:
+        return b"\x02\xfc" + struct.pack(">I", rank + 1)
+
+    out = []
+    for channel in range(layout.channels):
+        first = 0x1000 + 2 * layout.queue_pairs * (edge * layout.channels + channel)
+        data = [first + 2 * number for number in range(layout.queue_pairs)]
+        credit = [number + 1 for number in data]
+        there = frames.Path(mac(sending), mac(receiving), address(sending), address(receiving), vlan)
+        back = frames.Path(mac(receiving), mac(sending), address(receiving), address(sending), vlan)
+        base = 0x6_0000_0000 + first * (1 << 24)
+        out.append(Connection(edge, channel, sending, there, back, data, credit, base, [start_psn] * len(data)))
+    return out
+
+
+class LinkTap:
+    """Writes one link, both directions, into a capture file; a `workload_gen.ring.Tap`.
+
+    Credits and acknowledgements are as the receiver would have sent them, each at its message's side.
+    """
+
+    def __init__(self, layout: Layout, links: list[Connection], path: FilePath) -> None:
+        self._layout, self._links = layout, links
+        self._file = PcapngWriter(path)
         self._clock_ns = 1_700_000_000 * 10**9
+        self.recording = True
 
-    def all_reduce(self, vectors: list[np.ndarray]) -> np.ndarray:
-        """Return the sum of one vector per ring position, added in ring order, and record it on the way."""
-        ranks, count = len(vectors), len(vectors[0])
-        width = vectors[0].itemsize
-        result = np.empty_like(vectors[0])
-        done = 0
-        for channel in range(self._layout.channels):
-            edges = [all_reduce(self._layout, edge, channel, count, width) for edge in range(ranks)]
-            sums = self._sums(edges, vectors)
-            for (number, chunk), partial in sums.items():
-                final = edges[chunk % ranks][number * 2 * (ranks - 1) + ranks - 1]
-                result[final.first : final.first + final.elements] = partial[-1]
-                done += final.elements
-            for sender in self._senders:
-                if sender.channel == channel:
-                    for index, message in enumerate(edges[sender.edge]):
-                        loop, send = divmod(index, 2 * (ranks - 1))
-                        held = min(send, ranks - 1)
-                        self._send(sender, message, sums[loop, (sender.edge - 1 - send) % ranks][held].tobytes())
-        if done != count:
-            raise AssertionError(f"{done} of {count} elements were reduced")
-        return result
+    def all_reduce(self, partial: torch.Tensor, result: torch.Tensor) -> None:
+        """Record an all-reduce: messages carry `result` where they are final, `partial` where they are not."""
+        width = result.element_size()
+        bodies = [vector.view(torch.uint8).numpy() for vector in (partial, result)]
+        per_link = [schedule.all_reduce(self._layout, c.edge, c.channel, result.numel(), width) for c in self._links]
 
-    @staticmethod
-    def _sums(edges: list[list[Message]], vectors: list[np.ndarray]) -> dict[tuple[int, int], list[np.ndarray]]:
-        """Return per (loop, chunk) the sums after 1, 2, .. all contributions, in ring order from position chunk+1."""
-        ranks = len(vectors)
-        sums = {}
-        for loop in range(len(edges[0]) // (2 * (ranks - 1))):
-            for chunk in range(ranks):
-                # The first message of edge chunk+1 in a loop is that position's own part of the chunk.
-                first = edges[(chunk + 1) % ranks][loop * 2 * (ranks - 1)]
-                piece = slice(first.first, first.first + first.elements)
-                running = [vectors[(chunk + 1) % ranks][piece]]
-                for hop in range(2, ranks + 1):
-                    running.append(vectors[(chunk + hop) % ranks][piece] + running[-1])
-                sums[loop, chunk] = running
-        return sums
+        def data(message: np.void) -> bytes:
+            begin = int(message["first"]) * width
+            return bodies[int(message["final"])][begin : begin + int(message["elements"]) * width].tobytes()
 
-    def broadcast(self, data: bytes, root: int = 0) -> None:
-        """Record a broadcast of bytes."""
-        for sender in self._senders:
-            for message in broadcast(self._layout, sender.edge, sender.channel, len(data), root):
-                self._send(sender, message, data[message.first : message.first + message.elements])
+        self._record("all_reduce", [[data(message) for message in messages] for messages in per_link])
 
-    def all_gather(self, parts: list[bytes]) -> None:
-        """Record an all-gather of one part per rank."""
-        data = b"".join(parts)
-        for sender in self._senders:
-            for message in all_gather(self._layout, sender.edge, sender.channel, len(parts[0])):
-                self._send(sender, message, data[message.first : message.first + message.elements])
+    def broadcast(self, data: bytes, root: int) -> None:
+        """Record a broadcast."""
+        self._bytes(
+            "broadcast",
+            data,
+            [schedule.broadcast(self._layout, c.edge, c.channel, len(data), root) for c in self._links],
+        )
 
-    def _send(self, sender: Sender, message: Message, data: bytes) -> None:
-        """Record a credit, the message as LL lines, and its acknowledgements."""
-        self._credit(sender)
-        words = np.frombuffer(data + sender.stale[: -len(data) % 8], "<u4").reshape(-1, 2)
-        lines = np.empty((len(words), 4), "<u4")
-        lines[:, 0::2] = words
-        lines[:, 1::2] = (sender.step + 1) & 0xFFFFFFFF
-        wire = lines.tobytes()
+    def all_gather(self, data: bytes, part_bytes: int) -> None:
+        """Record an all-gather."""
+        self._bytes(
+            "all_gather", data, [schedule.all_gather(self._layout, c.edge, c.channel, part_bytes) for c in self._links]
+        )
+
+    def _bytes(self, op: str, data: bytes, per_link: list[np.ndarray]) -> None:
+        self._record(
+            op, [[data[first : first + count] for first, count, _ in messages.tolist()] for messages in per_link]
+        )
+
+    def _record(self, op: str, per_link: list[list[bytes]]) -> None:
+        """Write the messages of one operation, the channels in turn."""
+        if not self.recording:
+            return
+        for link, messages in zip(self._links, per_link, strict=True):
+            if messages:
+                link.step, _ = layouts.first_step(self._layout, op, link.step)
+        stride = layouts.first_step(self._layout, op, 0)[1]
+        for index in range(max(map(len, per_link))):
+            for link, messages in zip(self._links, per_link, strict=True):
+                if index < len(messages):
+                    self._send(link, messages[index])
+                    link.step += stride
+
+    def _send(self, link: Connection, data: bytes) -> None:
+        """Write a credit, the message, and its acknowledgements."""
+        layout = self._layout
+        wire = encode(layout.protocol, data, link.step, link.stale)
         if data:
-            sender.stale = data[-8:].rjust(8, b"\x3c")
-        address = sender.base_address + sender.step % SLOTS * LL_SLOT_BYTES
-        immediate = struct.pack("<I", len(wire))
-        split = self._layout.adaptive_routing and len(wire) > BULK_SPLIT_BYTES
+            link.stale = data[-8:].rjust(8, b"\x3c")
+        slot = link.base_address + link.step % layouts.SLOTS * schedule.PROTOCOLS[layout.protocol].slot_bytes
+        self._credit(link, slot)
+        immediate = struct.pack(">I" if layout.big_endian_immediate else "<I", len(wire))
+        for number in range(layout.queue_pairs):
+            pieces = layouts.queue_pair_pieces(layout, number, link.messages, np.array([len(wire)]))
+            if len(pieces.index):
+                offset, length = int(pieces.offset[0]), int(pieces.length[0])
+                piece = wire[offset : offset + length]
+                self._piece(link, number, slot + int(pieces.address[0]), piece, immediate, bool(pieces.bulk_split[0]))
+        link.messages += 1
+
+    def _piece(self, link: Connection, number: int, address: int, wire: bytes, immediate: bytes, split: bool) -> None:
+        """Write one queue pair's part of a message, and the acknowledgement."""
         mtu = self._layout.mtu
         pieces = [wire[i : i + mtu] for i in range(0, len(wire), mtu)] or [b""]
-        reth = struct.pack(">QII", address, 0x1000 + sender.data_queue_pair, len(wire))
+        reth = struct.pack(">QII", address, 0x1000 + link.data_queue_pairs[0], len(wire))
         for index, piece in enumerate(pieces):
             first, last = index == 0, index == len(pieces) - 1
             if last and not split:
@@ -131,64 +198,41 @@ class Fabric:
             else:
                 opcode = frames.WRITE_FIRST if first else frames.WRITE_MIDDLE
             extended = (reth if first else b"") + (immediate if last and not split else b"")
-            self._data(sender, opcode, extended, piece)
-        sender.completed += 1
+            self._data(link, number, opcode, extended, piece)
+        link.completed[number] += 1
         if split:
-            self._data(sender, frames.WRITE_ONLY_IMMEDIATE, bytes(16) + immediate, b"")
-            sender.completed += 1
-        last_psn = sender.start_psn + sender.psn - 1
-        self._write(sender, frames.ack(sender.backward, sender.credit_queue_pair, last_psn, sender.completed))
-        sender.step += 1
-        sender.messages += 1
+            self._data(link, number, frames.WRITE_ONLY_IMMEDIATE, bytes(16) + immediate, b"")
+            link.completed[number] += 1
+        back = (link.backward, link.credit_queue_pairs[number], link.data_queue_pairs[number])
+        self._write([frames.ack(*back, link.psn[number] - 1, link.completed[number])])
 
-    def _data(self, sender: Sender, opcode: int, extended: bytes, payload: bytes) -> None:
-        psn = sender.start_psn + sender.psn
-        self._write(sender, frames.frame(sender.forward, opcode, sender.data_queue_pair, psn, extended, payload))
-        sender.psn += 1
+    def _data(self, link: Connection, number: int, opcode: int, extended: bytes, payload: bytes) -> None:
+        pair = (link.data_queue_pairs[number], link.credit_queue_pairs[number])
+        self._write([frames.frame(link.forward, opcode, *pair, link.psn[number], extended, payload)])
+        link.psn[number] += 1
 
-    def _credit(self, sender: Sender) -> None:
-        entries = 256 if self._layout.minor >= 19 else 64
-        slot = sender.base_address + sender.step % SLOTS * LL_SLOT_BYTES
-        element = struct.pack(
-            "<QIIIIQ", slot, LL_SLOT_BYTES, 0x1000 + sender.data_queue_pair, 1, sender.rank, sender.messages + 1
-        )
-        where = 0x7F00_0000_0820 + sender.messages % entries * CREDIT_STRIDE
-        extended = struct.pack(">QII", where, 0x2000 + sender.credit_queue_pair, CREDIT_BYTES)
-        psn = sender.start_psn + sender.messages
-        self._write(
-            sender, frames.frame(sender.backward, frames.WRITE_ONLY, sender.credit_queue_pair, psn, extended, element)
-        )
-        self._write(sender, frames.ack(sender.forward, sender.data_queue_pair, psn, sender.messages + 1))
+    def _credit(self, link: Connection, slot: int) -> None:
+        layout = self._layout
+        form = next(form for last, form in _CREDIT_FORMS if layout.minor <= last)
+        # The room that the receiver gives: two steps for Simple, one slot else.
+        room = schedule.PROTOCOLS[layout.protocol].slot_bytes * schedule.PROTOCOLS[layout.protocol].slice_steps
+        key = 0x1000 + link.data_queue_pairs[0]
+        element = struct.pack(form, slot, room, key, 1, link.rank, link.messages + 1)
+        entries = 256 if layout.minor >= 19 else 64
+        where = 0x7F00_0000_0820 + link.messages % entries * CREDIT_ELEMENTS * len(element)
+        extended = struct.pack(">QII", where, 0x2000 + link.credit_queue_pairs[0], len(element))
+        psn = link.messages
+        there, back = link.data_queue_pairs[0], link.credit_queue_pairs[0]
+        self._write([
+            frames.frame(link.backward, frames.WRITE_ONLY, back, there, psn, extended, element),
+            frames.ack(link.forward, there, back, psn, link.messages + 1),
+        ])  # fmt: skip
 
-    def _write(self, sender: Sender, frame: bytes) -> None:
-        self._clock_ns += FRAME_NS
-        sender.file.write(frame, self._clock_ns)
+    def _write(self, written: Iterable[bytes]) -> None:
+        for frame in written:
+            self._clock_ns += FRAME_NS
+            self._file.write(frame, self._clock_ns)
 
     def close(self) -> None:
-        """Close the capture files."""
-        for file in {id(sender.file): sender.file for sender in self._senders}.values():
-            file.close()
-
-
-def make_senders(layout: Layout, links: list[int], folder: FilePath, ip_version: int, start_psn: int) -> list[Sender]:
-    """Return the connections of the mirrored links, each link with its capture file in `folder`."""
-    senders = []
-    ranks = len(layout.ring)
-
-    def address(rank: int) -> str:
-        return f"fe80::f10c:{rank + 1:x}" if ip_version == 6 else f"10.0.{(rank + 1) >> 8}.{(rank + 1) & 255}"
-
-    def mac(rank: int) -> bytes:
-        return b"\x02\xfc" + struct.pack(">I", rank + 1)
-
-    for link in links:
-        file = PcapngWriter(folder / f"link-{link}.pcapng")
-        sending, receiving = layout.ring[link], layout.ring[(link + 1) % ranks]
-        for channel in range(layout.channels):
-            data = 0x1000 + 2 * (link * layout.channels + channel)
-            port = frames.source_port(data, data + 1)
-            there = frames.Path(mac(sending), mac(receiving), address(sending), address(receiving), port)
-            back = frames.Path(mac(receiving), mac(sending), address(receiving), address(sending), port)
-            base = 0x6_0000_0000 + data * (1 << 24)
-            senders.append(Sender(link, channel, sending, there, back, data, data + 1, start_psn, base, file))
-    return senders
+        """Close the capture file."""
+        self._file.close()

@@ -52,7 +52,7 @@ REVISION = (*SHARD, "revisions", 0)
         (("job", "world_size"), "2", "job.world_size: found '2'"),
         (("job", "run_id"), "a/b", "job.run_id: found 'a/b'"),
         ((*SHARD, "layout", "mtu"), 1500, "mtu: found 1500"),
-        ((*SHARD, "layout", "version"), "2.21", "'2.21'"),
+        ((*SHARD, "layout", "version"), "2.31", "'2.31'"),
         ((*SHARD, "layout", "ring"), [0, 2], "ring [0, 2]"),
         ((*SHARD, "layout", "ring"), [0, 1, 2], "3 ranks, job.world_size is 2"),
         ((*SHARD, "connections", 0, "proof"), KeyError, "nothing proves that this connection is edge 0, channel 0"),

@@ -66,6 +66,7 @@ def program(start=START, iteration=ITERATION):
         segment = np.zeros((), SEGMENT)
         segment["first_psn"], segment["first_step"] = psn, step
         segment["period_psn"], segment["period_steps"] = sum(m.packets for m in messages), len(messages)
+        segment["first_message"], segment["period_messages"] = step, len(messages)
         segment["first_row"], segment["rows"] = len(rows), len(messages)
         segment["first_iteration"], segment["period_iterations"], segment["repeats"] = first, period, repeats
         segments.append(segment)
@@ -73,6 +74,7 @@ def program(start=START, iteration=ITERATION):
             row = np.zeros((), ROW)
             row["psn"], row["packets"] = sum(m.packets for m in messages[:index]), message.packets
             row["step"], row["wire_bytes"], row["message_bytes"] = index, message.wire, message.data
+            row["message"], row["message_wire_bytes"] = index, message.wire
             row["destination"], row["verdict"], row["encoding"] = message.destination, message.verdict, 2
             row["bulk_split"], row["settled_lag"] = message.split, message.lag
             rows.append(row)
@@ -90,6 +92,11 @@ def program(start=START, iteration=ITERATION):
         rows=[np.array(rows, ROW)],
         slot_stride=65536,
         slots=8,
+        encoding=2,
+        start_psn=0,
+        big_endian_immediate=False,
+        clean=[(0, 65536, 0, 65536 // MTU, 0)],
+        credit=SimpleNamespace(bytes=32, tag=20, index=24),
     )
 
 
