@@ -55,6 +55,11 @@ DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32
 #: Each bucket begins on such a boundary in a slot, so that its bytes are aligned however long its neighbours are.
 BUCKET_ALIGNMENT = 64
 
+#: Classes of torch.optim that step from gradients and options alone: none that takes a closure or sparse gradients.
+OptimizerName = Literal[
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"
+]
+
 Positive = Annotated[int, Field(gt=0, lt=2**40)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 QueuePair = Annotated[int, Field(ge=2, lt=2**24)]
@@ -444,7 +449,7 @@ class ParamGroup(_Model):
 class Optimizer(_Model):
     """The trainer's optimizer: a class of torch.optim, its form, its param groups."""
 
-    class_name: Annotated[Literal["SGD", "AdamW"], Field(alias="class")]
+    class_name: Annotated[OptimizerName, Field(alias="class")]
     form: Literal["default", "foreach", "fused"] = "default"
     groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
 

@@ -13,12 +13,19 @@ from flowcheck.plan import Arithmetic, Plan
 
 __all__ = ["bit_exact", "current"]
 
-#: Options by class that the tests cover, each in every form.
+_ADAM = {"lr", "betas", "eps", "weight_decay", "maximize"}
+#: Options by class that the tests cover, each in every form that the class has.
 _COVERED_OPTIONS = {
-    "SGD": {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
-    "AdamW": {"lr", "betas", "eps", "weight_decay"},
+    "SGD": {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"},
+    "Adam": _ADAM | {"amsgrad", "decoupled_weight_decay"},
+    "AdamW": _ADAM | {"amsgrad"},
+    "Adagrad": {"lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "maximize"},
+    "RMSprop": {"lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize"},
+    "Adamax": _ADAM,
+    "NAdam": _ADAM | {"momentum_decay", "decoupled_weight_decay"},
+    "RAdam": _ADAM | {"decoupled_weight_decay"},
 }
-_COVERED_DTYPES = {"float32", "float64", "bfloat16"}
+_COVERED_DTYPES = {"float32", "float64", "bfloat16", "float16"}
 
 
 def current() -> Arithmetic:
@@ -36,9 +43,9 @@ def _covered(plan: Plan) -> bool:
     options = {name for group in plan.optimizer.groups for name in group.options}
     if not options <= _COVERED_OPTIONS.get(plan.optimizer.class_name, set()):
         return False
-    # torch 2.13's fused SGD leaves other momentum bits in bfloat16 at every run of the same steps (docs/checkpoints.md).
+    # torch 2.13's fused SGD leaves other momentum bits in 16-bit types at every run of the same steps (docs/checkpoints.md).
     momentum = any(group.options.get("momentum") for group in plan.optimizer.groups)
-    narrow = any(entry.dtype == "bfloat16" for entry in plan.state)
+    narrow = any(entry.dtype in ("bfloat16", "float16") for entry in plan.state)
     if plan.optimizer.class_name == "SGD" and plan.optimizer.form == "fused" and momentum and narrow:
         return False
     dtypes = {entry.parameter: entry.dtype for entry in plan.state if entry.kind == "parameter"}
