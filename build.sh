@@ -5,6 +5,7 @@
 #   ./build.sh              install what is missing, build into .venv
 #   ./build.sh demo         ... and run the demonstration
 #   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
+#   ./build.sh nightly      ... and run every test, also those that take an hour
 #   ./build.sh lint         ... and check style and documents
 #
 # Run again, set-up and build cost nothing when nothing changed.
@@ -79,9 +80,9 @@ run_tests() {
     fi
     if [ "${1:-}" = --all ]; then
         shift
-        exec "$venv/bin/python" -m pytest "$@"
+        exec "$venv/bin/python" -m pytest -m 'not nightly' "$@"
     fi
-    exec "$venv/bin/python" -m pytest -m 'not slow' "$@"
+    exec "$venv/bin/python" -m pytest -m 'not slow and not nightly' "$@"
 }
 
 target=${1:-build}
@@ -90,6 +91,7 @@ case "$target" in
     build) build ;;
     demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
     test) build; run_tests "$@" ;;
+    nightly) build; exec "$venv/bin/python" -m pytest "$@" ;;
     lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
-    *) die "unknown target '$target'; expected demo, test, lint, or nothing" ;;
+    *) die "unknown target '$target'; expected demo, test, nightly, lint, or nothing" ;;
 esac

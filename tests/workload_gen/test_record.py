@@ -14,7 +14,9 @@ from scapy.contrib.roce import BTH
 from scapy.layers.l2 import Ether
 from scapy.utils import PcapNgReader
 
-from tests.pipeline.recordings import check, recorded, shadowed
+from flowcheck.errors import FlowCheckError
+from tests.pipeline.recordings import check, recorded, same, shadowed
+from updater.restore import restore_state, write_torch
 from workload_gen import gpt
 from workload_gen.record import Recording, record
 
@@ -101,15 +103,28 @@ def test_the_sums_are_those_of_a_plain_ring(tmp_path):
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path, ranks):
-    whole = Recording(out=tmp_path / "whole", ranks=ranks, iterations=7, optimizer="adamw", bucket_mb=0.02)
-    record(whole)
-    at = whole.out / "truth" / "iteration-000003.pt"
-    record(Recording(out=tmp_path / "rest", ranks=ranks, iterations=7, optimizer="adamw", bucket_mb=0.02, resume=at))
-    first, second = truth(whole.out, 7), truth(tmp_path / "rest", 7)
-    assert all(torch.equal(first["model"][k], v) for k, v in second["model"].items())
-    assert not (tmp_path / "rest" / "plan.json").exists()
+@pytest.mark.parametrize(("ranks", "source"), [(2, "directory"), (3, "truth"), (3, "directory"), (4, "file")])
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path, ranks, source):
+    """From the trainer's own state, from a checkpoint directory, and from a file that was restored out of one."""
+    options = {"ranks": ranks, "iterations": 7, "optimizer": "adamw", "bucket_mb": 0.02}
+    whole = recorded(tmp_path / "whole", **options)
+    at = whole / "truth" / "iteration-000003.pt"
+    if source != "truth":
+        shadowed(whole, tmp_path / "checkpoints")
+        at = f"{tmp_path / 'checkpoints'}@3"
+    if source == "file":
+        write_torch(restore_state(tmp_path / "checkpoints", 3), at := tmp_path / "restored.pt")
+    rest = recorded(tmp_path / "rest", **options, resume=at)
+    assert same(truth(rest, 7), truth(whole, 7)) == []
+    assert not (rest / "plan.json").exists() and not list(rest.glob("*.pcapng"))
+
+
+def test_resuming_with_other_buckets_is_refused(tmp_path):
+    options = {"ranks": 2, "iterations": 4}
+    whole = recorded(tmp_path / "whole", **options, bucket_mb=0.02)
+    shadowed(whole, tmp_path / "checkpoints")
+    with pytest.raises(FlowCheckError, match=r"bucket 0 of 1 has other parameters.*bucket_cap_mb"):
+        recorded(tmp_path / "rest", **options, bucket_mb=25.0, resume=f"{tmp_path / 'checkpoints'}@3")
 
 
 @pytest.mark.parametrize("ip", [4, 6])
