@@ -43,6 +43,7 @@ class Witnessed:
     def __init__(
         self, folder, job, *, first=(5000,), rest=(3000, 2000), dtype="float32", links=None, wire=None, iterations=3
     ):
+        self.first, self.rest = first, rest
         self.job, generator = job, torch.Generator().manual_seed(7)
         links = links or sorted({0, job.ranks - 1})
         kind, total = DTYPES[dtype], sum(first)
@@ -99,10 +100,13 @@ class Witnessed:
             ],
         }  # fmt: skip
 
+    def json(self):
+        return json.dumps(self.document)
+
     def right(self, folder):
         """Whether a replay has every iteration whole and with the gradients that are known, and nothing unexplained."""
         path = folder / "plan.json"
-        path.write_text(json.dumps(self.document))
+        path.write_text(self.json())
         report = replay(path, self.streams, folder / "out")
         if [row["state"] for row in report["iterations"]] != ["whole"] * len(self.gradients):
             return False
@@ -112,7 +116,7 @@ class Witnessed:
 
     def same_table(self):
         """Whether the compiled tables have the witness's messages: steps, bytes, addresses, queue pairs, packets."""
-        programs = layout.compile_programs(plan.parse(json.dumps(self.document)))
+        programs = layout.compile_programs(plan.parse(self.json()))
         for connection, program in zip(self.capture.connections, programs, strict=True):
             for number in range(self.job.queue_pairs):
                 ours, theirs = list(rows_of(program, number, 3)), []
