@@ -6,6 +6,7 @@
 #   ./build.sh demo         ... and run the demonstration
 #   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
 #   ./build.sh nightly      ... and run every test, also those that take an hour
+#   ./build.sh bench        ... and measure each stage; writes build/bench.json
 #   ./build.sh lint         ... and check style and documents
 #
 # Run again, set-up and build cost nothing when nothing changed.
@@ -92,6 +93,7 @@ case "$target" in
     demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
     test) build; run_tests "$@" ;;
     nightly) build; exec "$venv/bin/python" -m pytest "$@" ;;
+    bench) build; exec "$venv/bin/python" bench/bench.py "$@" ;;
     lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
-    *) die "unknown target '$target'; expected demo, test, nightly, lint, or nothing" ;;
+    *) die "unknown target '$target'; expected demo, test, nightly, bench, lint, or nothing" ;;
 esac
