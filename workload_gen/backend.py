@@ -102,10 +102,13 @@ class RingGroup(dist.ProcessGroup):
                 room.copy_(part)
         return _Done(outputs)
 
-    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> _Done:
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> _Done:
+        """Give every rank the tensors of all, one after another in one tensor."""
         self._note("all_gather", tensor)
         output.copy_(torch.cat([part.view(-1) for part in self.ring.all_gather(tensor.contiguous())]).view_as(output))
         return _Done([output])
+
+    _allgather_base = all_gather_single  # torch's name for it before 2.13
 
     def barrier(self, opts: Any = None) -> _Done:
         """Wait for all ranks: an all-reduce of one element, as the library does it."""
