@@ -24,6 +24,12 @@ __all__ = [
 ]
 
 
+def _console() -> Console:
+    """Return stdout as a console; a file or a pipe has no width, and gets every column whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def _bar() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -59,7 +65,7 @@ def _ranges(ranges: list[list[int]], most: int = 3) -> str:
 
 def print_iterations(report: dict[str, Any]) -> None:
     """Print the document of `list` or `replay`."""
-    console = Console()
+    console = _console()
     table = Table(title=f"run {report['run_id']}, attempt {report['attempt']}")
     for name in ("iteration", "state", "bytes", "placed", "missing bytes", "reason"):
         table.add_column(name, justify="right" if name in ("iteration", "bytes", "placed") else "left")
@@ -84,7 +90,7 @@ def print_iterations(report: dict[str, Any]) -> None:
 
 def print_flows(report: dict[str, Any]) -> None:
     """Print the document of `inspect`."""
-    console = Console()
+    console = _console()
     table = Table(title=str(report["capture"]))
     numbers = ("queue pair", "packets", "missing", "duplicates", "messages", "payload bytes", "mtu")
     for name in (
@@ -135,7 +141,7 @@ def print_flows(report: dict[str, Any]) -> None:
 
 def print_verification(report: dict[str, Any]) -> None:
     """Print the document of `verify`."""
-    console = Console()
+    console = _console()
     for problem in report["problems"]:
         console.print(f"{problem['file']}: {problem['what']}")
     state = "everything agrees" if report["ok"] else "NOT ALL IS WELL"
@@ -146,7 +152,7 @@ def print_verification(report: dict[str, Any]) -> None:
 
 def print_difference(report: dict[str, Any]) -> None:
     """Print the document of `diff`."""
-    console = Console()
+    console = _console()
     if report["equal"]:
         console.print(f"equal: {report['tensors']} tensors, bit for bit")
         return
@@ -160,7 +166,7 @@ def print_difference(report: dict[str, Any]) -> None:
 
 def print_demo(report: dict[str, Any]) -> None:
     """Print the closing table of `demo`."""
-    console = Console()
+    console = _console()
     table = Table(title="FlowCheck demonstration", show_header=False)
     words = {
         "transport": "transport", "ranks": "ranks", "iterations": "iterations trained", "killed_at": "training killed in iteration",
