@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """A plan that names a wrong edge or channel is found out: it never gets a gradient committed."""
 
+import contextlib
 import json
 
 import pytest
 import torch
-from scapy.utils import PcapWriter, RawPcapNgReader
+from scapy.utils import RawPcapNgReader
 
 from flowcheck.errors import ConfigError
 from flowcheck.replay import replay
 from tests.packet_parser.test_place import mended
 from tests.pipeline.recordings import recorded, same, shadowed
+from tests.witness.capture import Writer
 from updater.restore import restore
 
 pytestmark = pytest.mark.dpdk
@@ -108,7 +110,7 @@ def test_a_second_copy_that_differs_is_a_conflict(recording, tmp_path):
         frame, at = frames[number], payload[frames[number][62]]
         frames[number] = mended(frame[:at] + bytes([frame[at] ^ 1]) + frame[at + 1 :])
     altered = tmp_path / "link-1.pcap"
-    with PcapWriter(str(altered), linktype=1) as writer:
+    with contextlib.closing(Writer(altered)) as writer:
         for frame in frames:
             writer.write(frame)
     captures = {f"link-{n}": recording / f"link-{n}.pcapng" for n in (0, 2)} | {"link-1": altered}

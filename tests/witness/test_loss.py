@@ -4,12 +4,14 @@
 Two ranks, so that every byte is on one link only; the truth is counted from the witness's own message table.
 """
 
+import contextlib
 import random
 
 import pytest
-from scapy.utils import PcapReader, PcapWriter
+from scapy.utils import PcapReader
 
 from flowcheck.replay import replay
+from tests.witness.capture import Writer
 from tests.witness.schedule import Job
 from tests.witness.test_witness import Witnessed
 
@@ -59,7 +61,7 @@ def test_exactly_the_lost_bytes_are_missing(tmp_path, protocol, seed):
     streams = {}
     for link, path in case.capture.files.items():
         kept = tmp_path / f"cut-{link}.pcap"
-        with PcapReader(str(path)) as reader, PcapWriter(str(kept), linktype=1) as writer:
+        with PcapReader(str(path)) as reader, contextlib.closing(Writer(kept)) as writer:
             for packet in reader:
                 frame = bytes(packet)
                 at = 14 + 40 + 8
