@@ -76,7 +76,9 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.option("--ip", type=click.Choice(["4", "6"]), default="6", show_default=True, help="IP version.")
 @click.option("--vlan", type=click.IntRange(1, 4094), help="802.1Q tag of every frame.")
 @click.option(
-    "--adaptive-routing", is_flag=True, help="Split messages of more than 8,192 bytes as the library does then."
+    "--adaptive-routing",
+    is_flag=True,
+    help="Split messages of more than 8,192 bytes as the library does then; up to 2.15 it always does.",
 )
 @click.option(
     "--dtype",

@@ -88,7 +88,7 @@ class Recording:
             "queue_pairs": self.queue_pairs,
             "split_queue_pairs": self.split_queue_pairs,
             "mtu": self.mtu,
-            "adaptive_routing": self.adaptive_routing,
+            "adaptive_routing": self.adaptive_routing or int(self.nccl.split(".")[1]) <= 15,
         }
         try:
             return plans.Layout.model_validate_json(json.dumps(document))
