@@ -111,11 +111,13 @@ def drain(stages: list[Any]) -> None:
 class Chain:
     """The stages over one capture, with rings that hold all of it, so that each stage can be run alone."""
 
-    def __init__(self, folder: Path, eal: object, plan: plans.Plan, files: dict[str, Path], records: int) -> None:
+    def __init__(
+        self, folder: Path, eal: object, plan: plans.Plan, files: dict[str, Path], records: int, check_icrc: bool = True
+    ) -> None:
         self.rings = [PacketRing.for_stream(folder / f"{name}.ring", plan, name, records) for name in files]
         self.slots = SlotFile.for_plan(folder / "slots", plan)
         self.dumps = [FileDump(eal, path, ring) for path, ring in zip(files.values(), self.rings, strict=True)]
-        self.parsers = [Parser(ring, plan, ring.stream) for ring in self.rings]
+        self.parsers = [Parser(ring, plan, ring.stream, check_icrc=check_icrc) for ring in self.rings]
         self.extractor = Extractor(self.rings, plan, self.slots)
         for memory in (*(ring.memory for ring in self.rings), self.slots.memory):
             np.frombuffer(memory, np.uint8)[::4096].sum()  # every page is there before a clock runs
@@ -144,12 +146,12 @@ def stages(results: Results, folder: Path, eal: object, protocol: str) -> None:
     amount = sum(path.stat().st_size for path in files.values())
     records = max(1024, 1 << (amount // len(files) // 2000).bit_length())
     copy = copying(amount)
-    times: dict[str, list[float]] = {name: [] for name in ("dump", "parse", "extract", "chain", "copy")}
+    times: dict[str, list[float]] = {name: [] for name in ("dump", "parse_icrc", "extract", "chain", "parse", "copy")}
     packets = 0
     for _ in range(RUNS):
         chain = Chain(folder, eal, plan, files, records)
         times["dump"].append(seconds(lambda chain=chain: drain(chain.dumps)))
-        times["parse"].append(seconds(lambda chain=chain: drain(chain.parsers)))
+        times["parse_icrc"].append(seconds(lambda chain=chain: drain(chain.parsers)))
         times["extract"].append(seconds(lambda chain=chain: drain([chain.extractor])))
         times["copy"].append(copy())
         packets = chain.extractor.counters()["received"]
@@ -157,6 +159,12 @@ def stages(results: Results, folder: Path, eal: object, protocol: str) -> None:
         chain = Chain(folder, eal, plan, files, records)
         times["chain"].append(seconds(lambda chain=chain: drain([*chain.dumps, *chain.parsers, chain.extractor])))
         chain.close()
+        if protocol == "simple":
+            chain = Chain(folder, eal, plan, files, records, check_icrc=False)
+            drain(chain.dumps)
+            times["parse"].append(seconds(lambda chain=chain: drain(chain.parsers)))
+            drain([chain.extractor])
+            chain.close()
     encoding = {"simple": "plain"}.get(protocol, protocol)
 
     def add(name: str, stage: str) -> None:
@@ -165,7 +173,8 @@ def stages(results: Results, folder: Path, eal: object, protocol: str) -> None:
     add(f"extract_{encoding}", "extract")
     if protocol == "simple":
         add("dump", "dump")
-        add("parse_icrc", "parse")
+        add("parse", "parse")
+        add("parse_icrc", "parse_icrc")
         add("chain_1core", "chain")
     for path in files.values():
         path.unlink()

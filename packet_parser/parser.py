@@ -25,13 +25,16 @@ class Parser(RingParser):
         plan: the job plan.
         stream: name of the stream in the plan.
         direction: `inbound`, `outbound` or `both`, as seen from the stream's host; None: as the plan says.
+        check_icrc: False only to measure what the check costs: what is then annotated must never be committed.
 
     Raises:
         ConfigError: the stream is not in the plan, is not the ring's, or a direction is asked for without the addresses of
             the mirrored host.
     """
 
-    def __init__(self, ring: PacketRing, plan: Plan, stream: str, direction: str | None = None) -> None:
+    def __init__(
+        self, ring: PacketRing, plan: Plan, stream: str, direction: str | None = None, *, check_icrc: bool = True
+    ) -> None:
         shard = plan.shard
         entry = shard.stream(stream)
         direction = direction or entry.direction
@@ -46,4 +49,6 @@ class Parser(RingParser):
         shown = [program for program in programs if program.edge in entry.links]
         # A quarter of the sequence, at the rate of the link: beyond it, numbers may have come round unseen.
         silence_ns = 2**22 * shard.layout.mtu * 8 // shard.layout.link_gbps
-        super().__init__(ring, shown, sorted(hosts), shard.layout.mtu, silence_ns, direction, entry.host_bytes)
+        super().__init__(
+            ring, shown, sorted(hosts), shard.layout.mtu, silence_ns, direction, entry.host_bytes, check_icrc
+        )

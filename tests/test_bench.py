@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CODE = "from bench import bench; bench.ELEMENTS, bench.RUNS = 200_000, 2; raise SystemExit(bench.main())"
-NAMES = {"dump", "parse_icrc", "extract_plain", "extract_ll", "extract_ll128", "chain_1core"}
+NAMES = {"dump", "parse", "parse_icrc", "extract_plain", "extract_ll", "extract_ll128", "chain_1core"}
 NAMES |= {"update_fused", "update_default", "log", "snapshot"}
 
 
