@@ -58,6 +58,7 @@ def main(
     from flowcheck._copy import CopyEngine
 
     from data_extractor.extractor import Extractor
+    from flowcheck import privileges
     from flowcheck.errors import ConfigError
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
@@ -76,6 +77,7 @@ def main(
             raise ConfigError(f"rings of streams {', '.join(given)}; the plan's streams are {', '.join(wanted)}")
         slots = stack.enter_context(SlotFile.for_plan(slots_path, job))
         extractor = stack.enter_context(closing(Extractor(rings, job, slots, engine)))
+        privileges.drop()
         run(extractor, busy=busy)
         report = extractor.counters()
     if as_json:

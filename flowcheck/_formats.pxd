@@ -108,6 +108,7 @@ cdef struct fc_dump_state:
     uint64_t missed_by_port
     uint64_t engine_bytes       # frame bytes that a DMA engine copied
     uint64_t engine_failed      # copies that failed there and were done again by the CPU
+    uint64_t interface_base     # a kernel interface's own count when the ring began, plus 1; 0: not such a port
 
 cdef struct fc_extract_state:
     uint64_t extracted

@@ -97,6 +97,7 @@ DUMP_STATE = np.dtype(
         ("missed_by_port", "<u8"),
         ("engine_bytes", "<u8"),
         ("engine_failed", "<u8"),
+        ("interface_base", "<u8"),
     ]
 )
 

@@ -30,6 +30,7 @@ __all__ = [
     "carried",
     "compile_programs",
     "first_step",
+    "frames_per_iteration",
     "mirrored_ranges",
     "queue_pair_pieces",
     "wire_bytes",
@@ -312,6 +313,23 @@ def _compile(plan: Plan, index: int) -> Program:
         segments=[np.concatenate(part) if part else np.empty(0, SEGMENT) for part in table.segments],
         rows=[np.concatenate(part) if part else np.empty(0, ROW) for part in table.rows],
     )
+
+
+def frames_per_iteration(plan: Plan, stream: str) -> int:
+    """Return how many frames an iteration's gradients are on a stream, at most: data, credits, acknowledgements."""
+    shown, most = plan.shard.stream_connections(stream), 0
+    for revision in plan.shard.revisions:
+        count = 0
+        for index in shown:
+            connection = plan.shard.connections[index]
+            for operation in _buckets(plan.shard.layout, connection.edge, connection.channel, revision):
+                wire = wire_bytes(plan.shard.layout, operation.messages["elements"] * operation.width)
+                # Per message a credit and its acknowledgement; per data packet, at worst, one of its own.
+                count += 2 * len(wire)
+                for number in range(plan.shard.layout.queue_pairs):
+                    count += 2 * int(queue_pair_pieces(plan.shard.layout, number, 0, wire).packets.sum())
+        most = max(most, count)
+    return most
 
 
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:

@@ -67,7 +67,12 @@ def _one_line(context: click.Context, invoke: Callable[[], Any]) -> Any:
     try:
         return invoke()
     except FlowCheckError as error:
-        problem, status = error, error.exit_code
+        problem: Exception = error
+        status = error.exit_code
+    except ModuleNotFoundError as error:
+        if not (error.name or "").rpartition(".")[2].startswith("_"):
+            raise
+        problem, status = FlowCheckError("this installation has no compiled stages: install it with DPDK"), 1
     except OSError as error:
         # A full disk, a missing file, a missing permission: the caller's affair, not a defect.
         if error.errno in (None, errno.EFAULT, errno.EBADF):

@@ -302,12 +302,23 @@ class Connection(_Model):
 
 
 class Stream(_Model):
-    """One mirrored port or capture file: which links it shows, and of which host."""
+    """One mirrored port or capture file: which links it shows, of which host, and live, where its frames come in.
+
+    `interface` is one of the kernel's, `port` are DPDK device arguments; a capture file needs neither.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9._-]+$")]
     links: Annotated[tuple[Count, ...], Field(min_length=1)]
     host: tuple[str, ...] = ()
     direction: Literal["inbound", "outbound", "both"] = "both"
+    interface: Annotated[str, Field(min_length=1, max_length=15)] | None = None
+    port: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Stream:
+        if self.interface and self.port:
+            raise ValueError(f"both interface {self.interface!r} and port {self.port!r}: a stream has one")
+        return self
 
     @model_validator(mode="after")
     def _host_known(self) -> Stream:
@@ -620,7 +631,9 @@ class Plan(_Model):
 
     def canonical(self) -> bytes:
         """Return the plan as JSON, keys sorted: equal plans give equal bytes."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":")).encode()
+        # Without defaults: a field that a later version adds leaves the identity of the plans that do not use it.
+        document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
     def identity(self) -> bytes:
         """Return the 128 bytes of `fc_identity` that every file made from this plan repeats."""

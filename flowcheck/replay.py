@@ -71,9 +71,9 @@ def replay(
 
     from data_extractor.extractor import Extractor
     from flowcheck._copy import CopyEngine
+    from flowcheck.capture import validate
     from flowcheck.eal import Eal
     from flowcheck.slots import SlotFile
-    from packet_dump.capture import validate
     from packet_dump.dump import FileDump
     from packet_parser.parser import Parser
     from updater.updater import Updater

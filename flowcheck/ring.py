@@ -16,6 +16,7 @@ import numpy as np
 from flowcheck import _atomics, mapped
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, RECORD, RING_HEADER, RING_MAGIC, VERSION
+from flowcheck.layout import frames_per_iteration
 from flowcheck.mapped import PAGE
 from flowcheck.plan import Plan
 
@@ -25,6 +26,8 @@ __all__ = ["PacketRing"]
 #: RETH, immediate, pad and ICRC.
 FRAME_HEADROOM = 192
 RING_BYTES = 16 << 20
+#: A mirror cannot be told to wait: what the extractor has not taken yet must have room for so many iterations.
+ITERATIONS_HELD = 2
 PARSE_STATE_BYTES = 65536
 
 
@@ -123,14 +126,15 @@ class PacketRing:
 
     @classmethod
     def for_stream(cls, path: str | Path, plan: Plan, stream: str, records: int | None = None) -> PacketRing:
-        """Open the ring of a plan's stream, or make it: with records for the plan's MTU, about 16 MiB of them.
+        """Open the ring of a plan's stream, or make it: with records for the plan's MTU, enough for two iterations.
 
         RingFormatError or ConfigError if the file is something else, or the ring of another job or stream.
         """
         path, identity = Path(path), plan.identity()
         frame_bytes = plan.shard.layout.mtu + FRAME_HEADROOM
         if records is None:
-            records = max(256, 1 << ((RING_BYTES // frame_bytes).bit_length() - 1))
+            least = ITERATIONS_HELD * frames_per_iteration(plan, stream)
+            records = max(256, 1 << ((RING_BYTES // frame_bytes).bit_length() - 1), 1 << (least - 1).bit_length())
         if not path.exists():
             return cls.create(path, frame_bytes=frame_bytes, records=records, identity=identity, stream=stream)
         ring = cls.open(path, identity)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The dump's loop: bursts of frames from a DPDK port into the packet ring."""
 
-from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
@@ -169,6 +169,18 @@ cdef class DumpLoop:
             moved = self._burst()
         return moved
 
+    def note_interface(self, uint64_t count) -> None:
+        """note_interface(count): hold what came against the interface's own count, read before a poll that found nothing.
+
+        What it counted and the port never gave was lost between the two.
+        """
+        cdef uint64_t came = self.state.written + self.state.dropped_ring_full
+        if self.state.interface_base == 0 or count + 1 < self.state.interface_base:  # new, or made anew
+            self.state.interface_base = count + 1 - came
+        count = count + 1 - self.state.interface_base
+        self.state.missed_by_port = count - came if <int64_t> (count - came) > 0 else 0
+        fc_publish(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
+
     def stop(self) -> None:
         """stop(): say that no frame follows; for a port, whose end only its owner knows."""
         FC_STORE_RELEASE(&self.header.ended, 1)
@@ -218,7 +230,7 @@ cdef class DumpLoop:
         self.state.engine_bytes += self.engine.engine_bytes - bytes_before
         self.state.engine_failed += self.engine.engine_failed - failed_before
         rte_pktmbuf_free_bulk(mbufs, got)
-        if self.live and rte_eth_stats_get(self.port, &stats) == 0:
+        if self.live and self.state.interface_base == 0 and rte_eth_stats_get(self.port, &stats) == 0:
             self.state.missed_by_port = self.missed_before + stats.imissed + stats.rx_nombuf
         self.state.written += stored
         fc_publish(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))

@@ -11,20 +11,29 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from flowcheck._copy import CopyEngine
 
+from flowcheck import interfaces
+from flowcheck.capture import validate
 from flowcheck.errors import CaptureError, DeviceError
+from flowcheck.mapped import PAGE
 from flowcheck.ring import PacketRing
 from packet_dump._dump import DumpLoop
-from packet_dump.capture import validate
 
-__all__ = ["FileDump", "PortDump"]
+__all__ = ["FileDump", "InterfaceDump", "PortDump"]
 
 #: A capture file gives a frame at every poll until its end; so many empty polls mean that something is wrong.
 EMPTY_POLLS = 10_000
 _numbers = itertools.count()
+#: What the kernel puts before a frame in a packet socket's ring: header, address, room for a VLAN tag (packet(7)).
+PACKET_SOCKET_BYTES = 128
+#: Frames that a packet socket's ring holds at least: what comes while the dump does not run for some milliseconds.
+SOCKET_FRAMES = 4096
+#: Between two looks at an interface's counters while nothing comes.
+COUNT_S = 0.02
 
 
 class _Dump:
@@ -48,6 +57,7 @@ class _Dump:
     def counters(self) -> dict[str, int]:
         """Return frames `received`, `written`, `dropped_ring_full`, `missed_by_port`, and what a DMA engine copied."""
         state = self._loop.state_values
+        del state["interface_base"]
         return {"received": state["written"] + state["dropped_ring_full"], **state}
 
     def close(self) -> None:
@@ -125,3 +135,50 @@ class PortDump(_Dump):
     def stop(self) -> None:
         """Say that no frame follows: the stages behind end when they have drained the ring."""
         self._loop.stop()
+
+
+class InterfaceDump(PortDump):
+    """Dumps an interface of the kernel through a packet socket's ring (DPDK's af_packet driver).
+
+    Args:
+        eal: DPDK, started.
+        interface: its name; DeviceError if it is missing, down, or the permission for packet sockets is.
+        ring: where the frames go.
+        engine: copies the frames; the CPU if none is given.
+        frames: room of the socket's ring, at least SOCKET_FRAMES.
+    """
+
+    def __init__(
+        self, eal: object, interface: str, ring: PacketRing, engine: CopyEngine | None = None, frames: int = 0
+    ) -> None:
+        interfaces.check(interface)
+        interfaces.raw_socket(interface).close()  # says what is wrong better than the driver does
+        size = 1 << (ring.record_bytes + PACKET_SOCKET_BYTES - 1).bit_length()
+        frames = max(frames, SOCKET_FRAMES)
+        super().__init__(
+            eal,
+            f"net_af_packet_fc{os.getpid()}_{next(_numbers)},iface={interface},blocksz={max(size, PAGE)},framesz={size},"
+            f"framecnt={1 << (frames - 1).bit_length()}",
+            ring,
+            engine,
+        )
+        self._interface, self._looked = interface, 0.0
+        self._loop.note_interface(interfaces.received(interface))
+
+    def poll(self) -> int:
+        """Move one burst; return how many frames came."""
+        now = time.monotonic()
+        if now - self._looked < COUNT_S:
+            return self._loop.poll()
+        self._looked = now
+        count = self._count()
+        moved = self._loop.poll()
+        if not moved and count is not None:
+            self._loop.note_interface(count)
+        return moved
+
+    def _count(self) -> int | None:
+        try:
+            return interfaces.received(self._interface)
+        except OSError:
+            return None  # taken away; what came of it is in the ring

@@ -38,6 +38,7 @@ def main(
     """
     from contextlib import closing
 
+    from flowcheck import privileges
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
     from packet_parser.parser import Parser
@@ -46,6 +47,7 @@ def main(
     identity = job.identity()
     with wait_for(ring_path, lambda: PacketRing.open(ring_path, identity), patience_s) as ring:
         with closing(Parser(ring, job, stream, direction)) as parser:
+            privileges.drop()
             run(parser, busy=busy)
             report = {"stream": stream, **parser.counters()}
     if as_json:

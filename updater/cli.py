@@ -48,6 +48,7 @@ def main(
 
     from flowcheck._copy import CopyEngine
 
+    from flowcheck import privileges
     from flowcheck.plan import load
     from flowcheck.slots import SlotFile
     from updater.updater import Updater
@@ -60,6 +61,7 @@ def main(
     ):
         updater = Updater(job, slots, out, plan_folder=plan.parent, engine=engine)
         with closing(updater):
+            privileges.drop()
             run(updater, busy=busy)
         report = updater.counters()
     if as_json:

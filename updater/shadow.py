@@ -6,10 +6,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from flowcheck._copy import CopyEngine
 
 from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.plan import Plan, Revision
@@ -19,6 +19,9 @@ from updater.log_reader import Entry, read_payload
 from updater.manifest import Manifest
 from updater.model_state import ModelState, bytes_of
 from updater.snapshot import State, read_state, write_state
+
+if TYPE_CHECKING:
+    from flowcheck._copy import CopyEngine
 
 __all__ = ["Shadow", "load_snapshot", "replay"]
 

@@ -13,17 +13,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import torch
-from flowcheck._copy import CopyEngine
 
 from flowcheck.errors import CheckpointError
-from updater._staging import Staging
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
 from updater.model_state import bytes_of, torch_dtype
+
+if TYPE_CHECKING:
+    from flowcheck._copy import CopyEngine
 
 __all__ = ["State", "read_state", "write_state"]
 
@@ -78,6 +79,11 @@ def write_state(path: Path, state: State, engine: CopyEngine | None = None) -> N
     Raises:
         FlowCheckError: the disk refused, or what was read back differs; no file of that path is there then.
     """
+    # A training host reads states and writes none: it has no compiled module.
+    from flowcheck._copy import CopyEngine
+
+    from updater._staging import Staging
+
     pieces = {id(tensor): tensor for _, tensor in state.tensors()}
     staging = Staging(sum(Staging.room(tensor.nbytes) for tensor in pieces.values()), engine or CopyEngine())
     staged = {key: staging.copy(bytes_of(tensor.contiguous())) for key, tensor in pieces.items()}

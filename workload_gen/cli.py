@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from flowcheck.errors import ConfigError
-from flowcheck.options import Group, command_settings, debug_option, version_option
+from flowcheck.options import Group, command_settings, debug_option, json_option, print_json, version_option
 
 __all__ = ["main"]
 
@@ -138,3 +138,33 @@ def record(mtu: str, ip: str, **options: Any) -> None:
         raise click.UsageError(str(error)) from error
     with step_progress() as progress:
         run(recording, lambda done, total: progress("iterations", done, total))
+
+
+@main.command()
+@click.argument("capture", type=click.Path(path_type=Path))
+@click.option("--interface", required=True, metavar="IF", help="Where the frames leave.")
+@click.option(
+    "--gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="At most so many Gbit/s of frames.",
+)
+@json_option
+@debug_option
+def send(capture: Path, interface: str, gbps: float, as_json: bool) -> None:
+    """Play a capture file onto an interface, as a mirror port would.
+
+    \b
+    Example:
+      flowcheck-workload send link-0.pcapng --interface veth0
+    """
+    from dataclasses import asdict
+
+    from workload_gen.send import send as run
+
+    sent = run(capture, interface, gbps)
+    if as_json:
+        print_json(asdict(sent))
+    else:
+        click.echo(f"{sent.frames} frames, {sent.bytes} bytes sent through {interface} in {sent.seconds:.2f} s")

@@ -51,11 +51,33 @@ def sources(folder):
     return tree
 
 
+GO_ON = """
+import sys, torch, flowcheck
+from workload_gen import gpt
+model = gpt.build(2000, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+assert flowcheck.load(model, optimizer, sys.argv[1]) == 3
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": 3}, sys.argv[2])
+"""
+
+
+def shadowed(folder):
+    """Record a job of four iterations, checkpoint three of them; return recording and checkpoint directory."""
+    recording, out = folder / "recording", folder / "checkpoints"
+    record = "from workload_gen.cli import main; main()"
+    job = ("--params", "2000", "--iterations", "4", "--bucket-mb", "0.01")
+    run(sys.executable, "-c", record, "record", *job, "--out", recording, cwd=ROOT)
+    streams = [word for n in (0, 1) for word in ("--stream", f"link-{n}={recording / f'link-{n}.pcapng'}")]
+    run(sys.executable, "-m", "flowcheck", "replay", recording / "plan.json", *streams, "--out", out, cwd=ROOT)
+    return recording, out, job
+
+
+@pytest.mark.dpdk
 def test_a_pure_wheel_for_training_hosts_needs_no_compiler(tmp_path):
     tree = sources(tmp_path)
     run(
         sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree,
-        cwd=tmp_path, FLOWCHECK_WITHOUT_DPDK="1", CC="/bin/false",
+        cwd=tmp_path, FLOWCHECK_WITHOUT_DPDK="1", CC="/bin/false", PKG_CONFIG_LIBDIR="/nowhere",
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     python = environment(tmp_path / "env")
@@ -64,7 +86,21 @@ def test_a_pure_wheel_for_training_hosts_needs_no_compiler(tmp_path):
     assert str(tmp_path / "env") in where
     example = ROOT / "examples" / "captures" / "ll-2ch-adaptive-routing-mtu1024.json"
     run(python, "-c", f"import flowcheck.plan, flowcheck.layout; flowcheck.plan.load({str(example)!r})", cwd=tmp_path)
-    assert "without DPDK" in run(tmp_path / "env" / "bin" / "flowcheck", "--version", cwd=tmp_path)
+    commands = tmp_path / "env" / "bin"
+    assert "without DPDK" in run(commands / "flowcheck", "--version", cwd=tmp_path)
+
+    recording, out, job = shadowed(tmp_path)
+    run(python, "-c", GO_ON, f"{out}@3", tmp_path / "loaded.pt", cwd=tmp_path)
+    same = ("diff", recording / "truth" / "iteration-000003.pt", tmp_path / "loaded.pt")
+    assert "equal" in run(commands / "flowcheck", *same, cwd=tmp_path)
+    resumed = (*job, "--resume", tmp_path / "loaded.pt", "--out", tmp_path / "resumed")
+    run(commands / "flowcheck-workload", "record", *resumed, cwd=tmp_path)
+    last = [folder / "truth" / "iteration-000004.pt" for folder in (recording, tmp_path / "resumed")]
+    assert "equal" in run(commands / "flowcheck", "diff", *last, cwd=tmp_path)
+
+    inspect = [commands / "flowcheck", "inspect", recording / "link-0.pcapng"]
+    done = subprocess.run(inspect, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "no compiled stages" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

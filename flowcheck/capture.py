@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowcheck import _capture
 from flowcheck.errors import CaptureError
-from packet_dump import _capture
 
-__all__ = ["CaptureSummary", "validate"]
+__all__ = ["CaptureSummary", "frames", "validate"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,11 @@ def validate(path: str | Path, flows: Iterable[tuple[bytes, bytes, int]] = ()) -
     if error is not None:
         raise CaptureError(f"{path}: cannot be read past frame {counts[0]}: {error}", str(path))
     return CaptureSummary(*counts)
+
+
+def frames(path: str | Path) -> Iterator[bytes]:
+    """Yield the frames of a capture file that `validate` took; CaptureError if it has changed since."""
+    try:
+        yield from _capture.Frames(os.fsencode(path))
+    except ValueError as error:
+        raise CaptureError(f"{path}: changed while it was read: {error}", str(path)) from error

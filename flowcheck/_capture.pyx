@@ -89,3 +89,33 @@ def scan(bytes path, keys):
         return None, None, frames, total, cut, longest, matched
     finally:
         pcap_close(handle)
+
+
+cdef class Frames:
+    """Frames(path): iterates over the frames of a file that `scan` has found to be whole, as bytes; ValueError if it is not."""
+
+    cdef pcap_t *handle
+
+    def __cinit__(self, bytes path):
+        cdef char error[PCAP_ERRBUF_SIZE]
+        error[0] = 0
+        self.handle = pcap_open_offline_with_tstamp_precision(path, PCAP_TSTAMP_PRECISION_NANO, error)
+        if self.handle == NULL:
+            raise ValueError(error.decode(errors="replace"))
+
+    def __dealloc__(self):
+        if self.handle != NULL:
+            pcap_close(self.handle)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef pcap_pkthdr *header
+        cdef const uint8_t *data
+        cdef int status = pcap_next_ex(self.handle, &header, &data)
+        if status == -2:
+            raise StopIteration
+        if status != 1:
+            raise ValueError(pcap_geterr(self.handle).decode(errors="replace"))
+        return data[:header.caplen]

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
+from flowcheck.capture import validate
 from flowcheck.errors import CaptureError
-from packet_dump.capture import validate
 from tests import builders
 
 
