@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-PACKAGES = ["flowcheck", "packet_dump", "packet_parser", "data_extractor", "updater"]
+PACKAGES = ["flowcheck", "packet_dump", "packet_parser", "data_extractor", "updater", "workload_gen"]
 DPDK_MINIMUM = "22.11"
 
 

@@ -9,17 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from flowcheck.plan import Layout
-from workload_gen.ring import Ring, Tap
+from workload_gen.ring import Ring
 
 __all__ = ["NAME", "Operation", "RingGroup", "register"]
 
 NAME = "flowcheck"
+
+
+class AnyRing(Protocol):
+    """What a group needs of a ring: `workload_gen.ring.Ring`, or one over a network."""
+
+    size: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a contiguous tensor over all ranks, in place."""
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        """Give every rank the contiguous tensor of rank `root`."""
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the contiguous tensor of every rank."""
+
+    def close(self) -> None:
+        """Leave the ring."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class RingGroup(dist.ProcessGroup):
     Sums only. `operations` lists what was done, in order.
     """
 
-    def __init__(self, rank: int, ring: Ring) -> None:
+    def __init__(self, rank: int, ring: AnyRing) -> None:
         super().__init__(rank, ring.size)
         self.ring = ring
         self.operations: list[Operation] = []
@@ -115,17 +133,17 @@ class RingGroup(dist.ProcessGroup):
         return self.allreduce([torch.zeros(1)])
 
 
-def register(layout: Layout, make_tap: Callable[[int], Tap | None] = lambda rank: None) -> list[RingGroup]:
+def register(layout: Layout, make_ring: Callable[[Layout, int, dist.Store], AnyRing] = Ring) -> list[RingGroup]:
     """Make the backend known to torch in this process; return the list that its groups will be added to.
 
     Args:
         layout: the library's; its ring is replaced by the group's ranks in order.
-        make_tap: called with the rank when a group is made.
+        make_ring: called with layout, rank and store when a group is made.
     """
     groups: list[RingGroup] = []
 
     def make(store: dist.Store, rank: int, size: int, timeout: Any) -> RingGroup:
-        ring = Ring(layout.model_copy(update={"ring": tuple(range(size))}), rank, store, make_tap(rank))
+        ring = make_ring(layout.model_copy(update={"ring": tuple(range(size))}), rank, store)
         groups.append(RingGroup(rank, ring))
         return groups[-1]
 

@@ -27,6 +27,7 @@ import flowcheck
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from workload_gen import backend, gpt, recorded_plan
+from workload_gen.ring import Ring
 from workload_gen.wire import Connection, LinkTap, connections
 
 __all__ = ["OPTIMIZERS", "Recording", "record"]
@@ -121,9 +122,20 @@ class _Rank:
         self.recording, self.rank, self.layout = recording, rank, recording.layout()
         self.links = {link: self._connections(link) for link in links}
         self.tap = LinkTap(self.layout, self._connections(rank), self._capture) if rank in links else None
-        self._groups = backend.register(self.layout, lambda _: self.tap)
+        self._groups = backend.register(self.layout, self._ring)
         store = dist.FileStore(rendezvous, recording.ranks)
         dist.init_process_group(backend.NAME, store=store, rank=rank, world_size=recording.ranks)
+
+    def _ring(self, layout: plans.Layout, rank: int, store: dist.Store) -> backend.AnyRing:
+        if self.recording.network is None:
+            return Ring(layout, rank, store, self.tap)
+        # What needs a compiler is for those who have one: a recording needs none.
+        from workload_gen._nic import Nic
+        from workload_gen.fabric import adapter_socket
+        from workload_gen.transport import FabricRing
+
+        raw = adapter_socket(self.recording.network.hosts[rank], self.recording.network.interface)
+        return FabricRing(layout, rank, Nic(raw, layout.mtu), self._connections)
 
     @property
     def _capture(self) -> Path:

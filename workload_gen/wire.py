@@ -17,7 +17,7 @@ from flowcheck.plan import Layout
 from workload_gen import frames
 from workload_gen.pcapng import PcapngWriter
 
-__all__ = ["Connection", "LinkTap", "connections", "encode"]
+__all__ = ["Connection", "LinkTap", "connections", "credit_form", "decode", "encode", "encode_into", "mac"]
 
 #: Between two frames; what the clock of a recording shows means nothing else.
 FRAME_NS = 700
@@ -65,6 +65,38 @@ def encode(protocol: str, data: bytes, step: int, stale: bytes) -> bytes:
     return groups.tobytes()
 
 
+def encode_into(protocol: str, data: np.ndarray, step: int, stale: bytes, room: np.ndarray) -> int:
+    """Write a message's payload (as `encode`) into `room`, uint8; return its length."""
+    if protocol == "simple":
+        room[: len(data)] = data
+        return len(data)
+    payload = np.frombuffer(encode(protocol, data.tobytes(), step, stale), np.uint8)
+    room[: len(payload)] = payload
+    return len(payload)
+
+
+def decode(protocol: str, payload: np.ndarray, size: int, step: int) -> np.ndarray:
+    """Return the `size` data bytes of a message's payload, uint8; a view for Simple. ValueError if a flag is wrong."""
+    if protocol == "simple":
+        return payload[:size]
+    if protocol == "ll":
+        lines = payload[: 16 * -(-size // 8)].view("<u4").reshape(-1, 4)
+        right = (lines[:, 1::2] == (step + 1) & 0xFFFFFFFF).all()
+        data = np.ascontiguousarray(lines[:, 0::2])
+    else:
+        groups = payload[: 2048 * -(-size // 1920)].view("<u8").reshape(-1, 256)
+        right = (groups.reshape(-1, 16)[:, 15] == step + 1).all()
+        data = np.ascontiguousarray(groups[:, _UNITS128])
+    if not right:
+        raise ValueError(f"a message of step {step} has the flag of another")
+    return data.view(np.uint8).reshape(-1)[:size]
+
+
+def credit_form(layout: Layout) -> str:
+    """Return the struct format of a version's credit: addr, size, rkey, nreqs, tag, idx."""
+    return next(form for last, form in _CREDIT_FORMS if layout.minor <= last)
+
+
 @dataclass
 class Connection:
     """One mirrored connection: its addresses and queue pairs, and its counters as both ends keep them."""
@@ -87,6 +119,11 @@ class Connection:
         self.completed = [0] * len(self.psn)
 
 
+def mac(rank: int) -> bytes:
+    """Return the MAC address of a rank's adapter: locally administered."""
+    return b"\x02\xfc" + struct.pack(">I", rank + 1)
+
+
 def connections(layout: Layout, edge: int, ip_version: int, vlan: int | None, start_psn: int) -> list[Connection]:
     """Return the connections of a link, a channel each; every process that asks gets the same numbers."""
     ranks = len(layout.ring)
@@ -94,9 +131,6 @@ def connections(layout: Layout, edge: int, ip_version: int, vlan: int | None, st
 
     def address(rank: int) -> str:
         return f"fe80::f10c:{rank + 1:x}" if ip_version == 6 else f"10.0.{(rank + 1) >> 8}.{(rank + 1) & 255}"
-
-    def mac(rank: int) -> bytes:
-        return b"\x02\xfc" + struct.pack(">I", rank + 1)
 
     out = []
     for channel in range(layout.channels):
@@ -213,7 +247,7 @@ class LinkTap:
 
     def _credit(self, link: Connection, slot: int) -> None:
         layout = self._layout
-        form = next(form for last, form in _CREDIT_FORMS if layout.minor <= last)
+        form = credit_form(layout)
         # The room that the receiver gives: two steps for Simple, one slot else.
         room = schedule.PROTOCOLS[layout.protocol].slot_bytes * schedule.PROTOCOLS[layout.protocol].slice_steps
         key = 0x1000 + link.data_queue_pairs[0]
