@@ -446,8 +446,10 @@ cdef class ExtractLoop:
                     view = &self.revisions[i]
         return view.connections
 
-    cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint whole, bint *ended) noexcept nogil:
+    cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint whole, bint overtaken, bint *ended) noexcept nogil:
         """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over.
+
+        Silence tells only of an iteration that is `overtaken`, which some stream has gone past: a job may pause.
 
         Of an iteration that is `whole` only second copies can come; those have come when each connection has sent all its
         messages once. A live stream is not waited for where another one has no room to go on.
@@ -473,7 +475,7 @@ cdef class ExtractLoop:
                     continue
                 if out:
                     ended[0] = True
-                elif not ring.header.live or now - ring.last_record_ns < self.silence_ns:
+                elif not (ring.header.live and overtaken) or now - ring.last_record_ns < self.silence_ns:
                     return False
         return True
 
@@ -493,7 +495,7 @@ cdef class ExtractLoop:
             slot = self._slot(iteration)
             if slot == NULL:
                 break
-            past = self._is_past(iteration, now, slot.done_units == slot.units, &ended)
+            past = self._is_past(iteration, now, slot.done_units == slot.units, highest > iteration, &ended)
             if past and slot.done_units == slot.units and slot.conflicts == 0:
                 slot.state = FC_SLOT_WHOLE
             elif past:
@@ -586,15 +588,6 @@ cdef class ExtractLoop:
             if self.rings[i].state.highest_iteration >= self.header.settled_next:
                 return False
         return True
-
-    def states(self):
-        """states() -> per ring (counters by verdict number, engine bytes, engine failures)."""
-        cdef uint32_t i, v
-        out = []
-        for i in range(self.ring_count):
-            counters = [self.rings[i].state.counters[v] for v in range(FC_VERDICTS)]
-            out.append((counters, self.rings[i].state.engine_bytes, self.rings[i].state.engine_failed))
-        return out
 
 
 cdef uint64_t _now_ns() noexcept nogil:

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from flowcheck._copy import CopyEngine
 
 from data_extractor._extractor import ExtractLoop
-from flowcheck.formats import DUMP_STATE, RING_HEADER
+from flowcheck.counters import packet_counters
 from flowcheck.layout import carried
 from flowcheck.plan import Plan
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
-from flowcheck.verdicts import COUNTERS, VERDICTS
 
 __all__ = ["Extractor"]
 
@@ -73,22 +71,7 @@ class Extractor:
 
     def counters(self) -> dict[str, Any]:
         """Return the `packets` document of commands.md, with what a DMA engine copied beside it."""
-        per_stream = {}
-        for ring, (verdicts, engine_bytes, engine_failed) in zip(self._rings, self._loop.states(), strict=True):
-            dump = _dump_state(ring)
-            row = dict.fromkeys(COUNTERS, 0)
-            row.update(zip(VERDICTS[1:], verdicts[1:], strict=True))
-            row["dropped_ring_full"], row["missed_by_port"] = dump["dropped_ring_full"], dump["missed_by_port"]
-            row["received"] = dump["written"] + dump["dropped_ring_full"]
-            row["engine_bytes"] = {"dump": dump["engine_bytes"], "extract": engine_bytes}
-            row["engine_failed"] = {"dump": dump["engine_failed"], "extract": engine_failed}
-            per_stream[ring.stream] = row
-        totals: dict[str, Any] = {name: sum(row[name] for row in per_stream.values()) for name in COUNTERS}
-        for name in ("engine_bytes", "engine_failed"):
-            totals[name] = {
-                stage: sum(row[name][stage] for row in per_stream.values()) for stage in ("dump", "extract")
-            }
-        return {**totals, "per_stream": per_stream}
+        return packet_counters(self._rings)
 
     def close(self) -> None:
         """Give the engine back."""
@@ -98,15 +81,3 @@ class Extractor:
 
 def _bits(numbers: list[int]) -> int:
     return sum(1 << number for number in numbers)
-
-
-def _dump_state(ring: PacketRing) -> dict[str, int]:
-    """Return the dump's newest published state; zeros if there is none."""
-    header = np.frombuffer(ring.memory, RING_HEADER, 1)[0]
-    best, state = 0, np.zeros((), DUMP_STATE)
-    for copy in range(2):
-        offset = int(header["dump_state_offset"]) + copy * int(header["dump_state_bytes"])
-        sequence = int(np.frombuffer(ring.memory, "<u8", 1, offset)[0])
-        if sequence > best:
-            best, state = sequence, np.frombuffer(ring.memory, DUMP_STATE, 1, offset + 8)[0].copy()
-    return {name: int(state[name]) for name in DUMP_STATE.names}

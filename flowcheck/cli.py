@@ -246,3 +246,50 @@ def demo(directory: Path | None, as_json: bool) -> None:
         print_demo(report)
     if not (report["bit_exact"] and report["resumed_equal"]):
         sys.exit(DifferenceError.exit_code)
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Checkpoint directory; gone on with if it is this job's.",
+)
+@click.option("--busy", is_flag=True, help="Stages never wait: for a node with a core per stage.")
+@debug_option
+def run(plan: Path, out: Path, busy: bool) -> None:
+    """Checkpoint a live job: start all stages, restart one that dies, end cleanly on SIGINT or SIGTERM.
+
+    Every stream of the plan names the interface or port that the switch mirrors to. A file shadow.json beside the plan
+    says when capturing has begun.
+
+    \b
+    Example:
+      flowcheck run plan.json --out checkpoints
+    """
+    from flowcheck.supervisor import Supervisor
+    from flowcheck.tables import live_status
+
+    with live_status() as (show, say):
+        report = Supervisor(plan, out, busy=busy, show=show, say=say).run()
+    click.echo(
+        f"{out}: committed to iteration {report['last_committed']}, {report['incomplete']} incomplete; "
+        f"{report['packets']['received']} frames received, {report['packets']['missed_by_port']} missed"
+    )
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+@debug_option
+def status(directory: Path, as_json: bool) -> None:
+    """Say how a live run stands: what each stage does, lag, loss, the last committed iteration."""
+    from flowcheck.supervisor import status as read
+    from flowcheck.tables import print_status
+
+    report = read(directory)
+    if as_json:
+        print_json(report)
+    else:
+        print_status(report)

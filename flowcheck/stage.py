@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -15,9 +17,12 @@ import click
 from flowcheck.errors import ConfigError
 from flowcheck.waiting import AdaptiveWait
 
-__all__ = ["Stage", "busy_option", "run", "wait_for", "wait_option"]
+__all__ = ["READY_VARIABLE", "Stage", "busy_option", "run", "tell_ready", "wait_for", "wait_option"]
 
 T = TypeVar("T")
+
+#: Names the file descriptor that a supervisor wants a byte in when the stage has opened everything.
+READY_VARIABLE = "FLOWCHECK_READY_FD"
 
 busy_option = click.option("--busy", is_flag=True, help="Never wait: for a node with a core per stage.")
 wait_option = click.option(
@@ -51,6 +56,14 @@ def wait_for(path: Path, opening: Callable[[], T], patience_s: float) -> T:
             time.sleep(0.02)
 
 
+def tell_ready() -> None:
+    """Tell a supervisor, if there is one, that this stage works from now on."""
+    if descriptor := os.environ.pop(READY_VARIABLE, None):
+        with contextlib.suppress(OSError):  # the supervisor is gone
+            os.write(int(descriptor), b"1")
+            os.close(int(descriptor))
+
+
 def run(stage: Stage, *, busy: bool = False, on_signal: Callable[[], Any] | None = None) -> bool:
     """Poll a stage until it is finished; True if so, False if SIGINT or SIGTERM came before.
 
@@ -68,6 +81,7 @@ def run(stage: Stage, *, busy: bool = False, on_signal: Callable[[], Any] | None
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     wait = AdaptiveWait(always_busy=busy)
     told = False
+    tell_ready()
     try:
         while True:
             done = stage.poll()

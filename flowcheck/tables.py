@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -15,10 +18,12 @@ from flowcheck.verdicts import COUNTERS
 
 __all__ = [
     "frame_progress",
+    "live_status",
     "print_demo",
     "print_difference",
     "print_flows",
     "print_iterations",
+    "print_status",
     "print_verification",
     "step_progress",
 ]
@@ -162,6 +167,57 @@ def print_difference(report: dict[str, Any]) -> None:
     for row in report["different"]:
         table.add_row(row["name"], str(row["elements"]), str(row["first_index"]), str(row["max_ulp"]))
     console.print(table)
+
+
+def _status_tables(report: dict[str, Any]) -> Group:
+    head = (
+        f"run {report['run_id']}: committed to iteration {report['last_committed']}, lag {report['lag']}, "
+        f"{report['incomplete']} incomplete"
+    )
+    stages = Table("stage", "pid", "rate per s", "restarts", title=head, title_justify="left", min_width=len(head))
+    for row in report["stages"]:
+        stages.add_row(row["name"], str(row["pid"] or "-"), f"{row['rate']:.0f}", str(row["restarts"]))
+    names = ("received", "placed", "duplicate", "bad_icrc", "unsynchronised", "dropped_ring_full", "missed_by_port")
+    streams = Table("stream", "state", "ring used", *(name.replace("_", " ") for name in names))
+    for row in report["streams"]:
+        streams.add_row(row["name"], row["state"], f"{row['ring_used']:.1%}", *(str(row[name]) for name in names))
+    return Group(stages, streams)
+
+
+def print_status(report: dict[str, Any]) -> None:
+    """Print the document of `status`."""
+    _console().print(_status_tables(report))
+
+
+def _status_line(report: dict[str, Any]) -> str:
+    packets = report["packets"]
+    lost = packets["dropped_ring_full"] + packets["missed_by_port"]
+    down = [row["name"] for row in report["stages"] if row["pid"] is None]
+    return (
+        f"committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, "
+        f"received {packets['received']}, lost {lost}, streams "
+        + ", ".join(f"{row['name']} {row['state']}" for row in report["streams"])
+        + (f", not running: {', '.join(down)}" if down else "")
+    )
+
+
+@contextlib.contextmanager
+def live_status(every_s: float = 5.0) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """Yield (show, say) for a live run: one table that is drawn anew on a terminal, else a line every `every_s` seconds."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            yield (lambda report: live.update(_status_tables(report), refresh=True)), live.console.print
+        return
+    last = 0.0
+
+    def show(report: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            print(_status_line(report), file=sys.stderr, flush=True)
+
+    yield show, lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def print_demo(report: dict[str, Any]) -> None:

@@ -118,6 +118,8 @@ cdef class DumpLoop:
         fc_recover(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
         FC_STORE_RELEASE(&self.header.written, self.state.written)
         self.header.live = live
+        if live:
+            FC_STORE_RELEASE(&self.header.ended, 0)  # a port that is opened again goes on
         self.skip = 0 if live else self.state.written
         self.missed_before = self.state.missed_by_port
         self.name = devargs.split(",")[0]

@@ -33,90 +33,117 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
         raise click.BadParameter(f"{value!r} is not a list of link numbers such as 0,3") from None
 
 
+_JOB = [
+    click.option("--ranks", type=click.IntRange(2, 64), default=2, show_default=True, help="Ranks on the ring."),
+    click.option(
+        "--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps, in all."
+    ),
+    click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder."),
+    click.option(
+        "--protocol",
+        type=click.Choice(["ll", "ll128", "simple"]),
+        default="ll",
+        show_default=True,
+        help="Of the library.",
+    ),
+    click.option(
+        "--nccl",
+        type=click.Choice([f"2.{minor}" for minor in range(12, 31)]),
+        default="2.19",
+        show_default=True,
+        help="Library version.",
+    ),
+    click.option(
+        "--channels",
+        type=click.IntRange(1, 32),
+        default=1,
+        show_default=True,
+        help="Of the communicator; small operations use fewer.",
+    ),
+    click.option("--pin-channels", is_flag=True, help="Every operation uses all channels and threads."),
+    click.option(
+        "--qps",
+        "queue_pairs",
+        type=click.IntRange(1, 8),
+        default=1,
+        show_default=True,
+        help="Queue pairs a connection.",
+    ),
+    click.option(
+        "--split-qps/--no-split-qps",
+        "split_queue_pairs",
+        default=None,
+        help="Cut each message over all queue pairs, or let them take turns; default: as the version does.",
+    ),
+    click.option(
+        "--mtu",
+        type=click.Choice(["256", "512", "1024", "2048", "4096"]),
+        default="1024",
+        show_default=True,
+        help="Payload bytes of a packet.",
+    ),
+    click.option("--ip", type=click.Choice(["4", "6"]), default="6", show_default=True, help="IP version."),
+    click.option("--vlan", type=click.IntRange(1, 4094), help="802.1Q tag of every frame."),
+    click.option(
+        "--adaptive-routing",
+        is_flag=True,
+        help="Split messages of more than 8,192 bytes as the library does then; up to 2.15 it always does.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Of parameters and gradients.",
+    ),
+    click.option(
+        "--optimizer", type=click.Choice(_OPTIMIZERS), default="sgd", show_default=True, help="From torch.optim."
+    ),
+    click.option("--fused/--no-fused", default=False, help="The optimizer's fused form."),
+    click.option(
+        "--params",
+        "parameters",
+        type=click.IntRange(min=1),
+        default=20_000,
+        show_default=True,
+        help="About so many parameters.",
+    ),
+    click.option(
+        "--bucket-mb",
+        type=click.FloatRange(min=0, min_open=True),
+        default=25.0,
+        show_default=True,
+        help="Most MiB of a rebuilt bucket.",
+    ),
+    click.option(
+        "--start-psn",
+        type=click.IntRange(0, 2**24 - 1),
+        default=0,
+        show_default=True,
+        help="First packet sequence number.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**20), default=1, show_default=True, help="Of model and data."),
+    click.option(
+        "--resume",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Go on after the state in this torch file; only truth is written then.",
+    ),
+]
+
+
+def _job_options(function: Any) -> Any:
+    """Give a command the options of a job."""
+    for option in reversed(_JOB):
+        function = option(function)
+    return function
+
+
 @main.command()
-@click.option("--ranks", type=click.IntRange(2, 64), default=2, show_default=True, help="Ranks on the ring.")
-@click.option(
-    "--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps, in all."
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder.")
-@click.option(
-    "--protocol", type=click.Choice(["ll", "ll128", "simple"]), default="ll", show_default=True, help="Of the library."
-)
-@click.option(
-    "--nccl",
-    type=click.Choice([f"2.{minor}" for minor in range(12, 31)]),
-    default="2.19",
-    show_default=True,
-    help="Library version.",
-)
-@click.option(
-    "--channels",
-    type=click.IntRange(1, 32),
-    default=1,
-    show_default=True,
-    help="Of the communicator; small operations use fewer.",
-)
-@click.option("--pin-channels", is_flag=True, help="Every operation uses all channels and threads.")
-@click.option(
-    "--qps", "queue_pairs", type=click.IntRange(1, 8), default=1, show_default=True, help="Queue pairs a connection."
-)
-@click.option(
-    "--split-qps/--no-split-qps",
-    "split_queue_pairs",
-    default=None,
-    help="Cut each message over all queue pairs, or let them take turns; default: as the version does.",
-)
-@click.option(
-    "--mtu",
-    type=click.Choice(["256", "512", "1024", "2048", "4096"]),
-    default="1024",
-    show_default=True,
-    help="Payload bytes of a packet.",
-)
-@click.option("--ip", type=click.Choice(["4", "6"]), default="6", show_default=True, help="IP version.")
-@click.option("--vlan", type=click.IntRange(1, 4094), help="802.1Q tag of every frame.")
-@click.option(
-    "--adaptive-routing",
-    is_flag=True,
-    help="Split messages of more than 8,192 bytes as the library does then; up to 2.15 it always does.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-    default="float32",
-    show_default=True,
-    help="Of parameters and gradients.",
-)
-@click.option("--optimizer", type=click.Choice(_OPTIMIZERS), default="sgd", show_default=True, help="From torch.optim.")
-@click.option("--fused/--no-fused", default=False, help="The optimizer's fused form.")
-@click.option(
-    "--params",
-    "parameters",
-    type=click.IntRange(min=1),
-    default=20_000,
-    show_default=True,
-    help="About so many parameters.",
-)
-@click.option(
-    "--bucket-mb",
-    type=click.FloatRange(min=0, min_open=True),
-    default=25.0,
-    show_default=True,
-    help="Most MiB of a rebuilt bucket.",
-)
+@_job_options
 @click.option(
     "--links", callback=_links, metavar="N,N..", help="Mirrored links; default: 0 and ranks-1, both sides of rank 0."
 )
 @click.option("--startup/--no-startup", default=True, show_default=True, help="Record the job's start-up collectives.")
-@click.option(
-    "--start-psn", type=click.IntRange(0, 2**24 - 1), default=0, show_default=True, help="First packet sequence number."
-)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Go on after the state in this torch file; only truth is written then.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**20), default=1, show_default=True, help="Of model and data.")
 @debug_option
 def record(mtu: str, ip: str, **options: Any) -> None:
     """Train on several ranks of one machine; leave captures, plan and the trainer's own states.
@@ -131,13 +158,83 @@ def record(mtu: str, ip: str, **options: Any) -> None:
     from workload_gen.record import Recording
     from workload_gen.record import record as run
 
-    recording = Recording(mtu=int(mtu), ip=int(ip), **options)
+    recording = _usable(Recording(mtu=int(mtu), ip=int(ip), **options))
+    with step_progress() as progress:
+        run(recording, lambda done, total: progress("iterations", done, total))
+
+
+def _usable(recording: Any) -> Any:
+    """Return a job that the library version can have; a usage error else."""
     try:
         recording.layout()
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
-    with step_progress() as progress:
-        run(recording, lambda done, total: progress("iterations", done, total))
+    return recording
+
+
+_LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer": "adamw", "parameters": 1_000_000}
+
+
+@main.command(context_settings={"default_map": _LIVE})
+@_job_options
+@click.option(
+    "--network",
+    "network_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON description of a network that stands; without it one is built for this job, which needs root.",
+)
+@click.option(
+    "--mirror", default="0", show_default=True, metavar="N,N..", callback=_links, help="Ranks whose ports are mirrored."
+)
+@click.option(
+    "--shadow",
+    "shadow_s",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for `flowcheck run` before training starts; 0: for nobody.",
+)
+@click.option(
+    "--truth",
+    type=click.Choice(["states", "digests", "none"]),
+    default="digests",
+    show_default=True,
+    help="What is kept of every iteration to hold checkpoints against.",
+)
+@debug_option
+def train(
+    mtu: str, ip: str, network_path: Path | None, mirror: tuple[int, ...], shadow_s: float, **options: Any
+) -> None:
+    """Train live over a mirrored network of this machine; the plan for `flowcheck run` is written first.
+
+    \b
+    Example:
+      flowcheck-workload train --out job &
+      flowcheck run job/plan.json --out checkpoints
+    """
+    import contextlib
+
+    from flowcheck.tables import step_progress
+    from workload_gen.fabric import Fabric, Network
+    from workload_gen.record import Recording
+    from workload_gen.train import train as run
+
+    recording = _usable(Recording(mtu=int(mtu), ip=int(ip), steps=True, **options))
+    if any(not 0 <= rank < recording.ranks for rank in mirror):
+        raise click.UsageError(f"--mirror {mirror}: there are ranks 0 to {recording.ranks - 1}")
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(step_progress())
+        if network_path is not None:
+            network = Network.load(network_path)
+        else:
+            network = stack.enter_context(Fabric(recording.ranks, mirror)).network
+        run(
+            recording,
+            network,
+            shadow_s=shadow_s,
+            say=lambda line: click.echo(line, err=True),
+            progress=lambda done, total: progress("iterations", done, total),
+        )
 
 
 @main.command()

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from flowcheck.errors import DeviceError
+from flowcheck.errors import ConfigError, DeviceError
+from flowcheck.files import write_private
 from workload_gen.wire import mac
 
-__all__ = ["Fabric", "adapter_socket"]
+__all__ = ["Fabric", "Network", "adapter_socket"]
 
 _NAMESPACES = "/run/netns"
 _OURS = re.compile(r"fc(\d+)-(?:r\d+|switch)")
@@ -64,6 +68,29 @@ def adapter_socket(namespace: str, interface: str) -> socket.socket:
     return raw
 
 
+@dataclass(frozen=True)
+class Network:
+    """What ranks need of a fabric: the namespaces of their hosts, the interface there, and the monitor ports by rank."""
+
+    hosts: tuple[str, ...]
+    interface: str
+    monitors: dict[int, str]
+
+    @classmethod
+    def load(cls, path: Path) -> Network:
+        """Return the network that a JSON file describes; ConfigError if it does not."""
+        try:
+            found = json.loads(path.read_text())
+            monitors = {int(rank): str(name) for rank, name in found["monitors"].items()}
+            return cls(tuple(map(str, found["hosts"])), str(found["interface"]), monitors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: no description of a network: {error}") from error
+
+    def store(self, path: Path) -> None:
+        """Write the description into a JSON file; mode 0600."""
+        write_private(path, json.dumps(asdict(self)).encode())
+
+
 class Fabric:
     """The network of a job, from `open` to `close`; use it in a `with`.
 
@@ -79,6 +106,11 @@ class Fabric:
         self.switch = f"{self._name}-switch"
         self.hosts = [f"{self._name}-r{rank}" for rank in range(ranks)]
         self.monitors = {rank: f"{self._name}m{rank}" for rank in mirrored}
+
+    @property
+    def network(self) -> Network:
+        """What ranks need of it."""
+        return Network(tuple(self.hosts), self.INTERFACE, self.monitors)
 
     def __enter__(self) -> Fabric:
         _remove_abandoned()

@@ -14,10 +14,11 @@ import multiprocessing.connection
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,11 @@ from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from workload_gen import backend, gpt, recorded_plan
 from workload_gen.ring import Ring
+from workload_gen.truth import digest
 from workload_gen.wire import Connection, LinkTap, connections
+
+if TYPE_CHECKING:
+    from workload_gen.fabric import Network
 
 __all__ = ["OPTIMIZERS", "Recording", "record"]
 
@@ -43,6 +48,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "nadam": ("NAdam", {"lr": 0.002}),
     "radam": ("RAdam", {"lr": 0.001}),
 }
+
+
+#: What a live job's folder holds before it trains.
+_OF_A_LIVE_JOB = {"plan.json", "shadow.json"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class Recording:
     start_psn: int = 0
     seed: int = 1
     resume: Path | None = None
+    #: Hosts that carry the collectives; none: the ranks sum without a network.
+    network: Network | None = None
+    #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
+    truth: Literal["states", "digests", "none"] = "states"
+    steps: bool = False
 
     def layout(self) -> plans.Layout:
         """Return the library's layout; ConfigError if the version cannot have the options.
@@ -180,9 +194,7 @@ class _Rank:
                     self._write_plan(model, optimizer, startup if recording.startup else None, seen)
             optimizer.step()
             if self.rank == 0:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
-                truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
-                _write(truth, lambda path, state=state: torch.save(state, path))
+                self._note(iteration, model, optimizer)
                 done(iteration)
         digest = hashlib.sha256()
         for parameter in model.parameters():
@@ -191,6 +203,22 @@ class _Rank:
         if self.tap:
             self.tap.close()
         return digest.hexdigest()
+
+    def _note(self, iteration: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Leave what this iteration's truth is."""
+        recording, ended = self.recording, time.time_ns()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+        if recording.steps:
+            row = {"iteration": iteration, "ended_ns": ended}
+            if recording.truth == "digests":
+                row["digest"] = digest(state)
+            with open(
+                recording.out / "steps.jsonl", "a", opener=lambda path, flags: os.open(path, flags, 0o600)
+            ) as file:
+                file.write(json.dumps(row) + "\n")
+        if recording.truth == "states":
+            truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
+            _write(truth, lambda path: torch.save(state, path))
 
     def _write_plan(self, model: Any, optimizer: Any, startup: Any, seen: Any) -> None:
         recording = self.recording
@@ -234,9 +262,11 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
         FlowCheckError: a rank failed.
     """
     out = recording.out
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name not in _OF_A_LIVE_JOB for path in out.iterdir()):
         raise ConfigError(f"{out}: not empty; name a new folder")
-    links = () if recording.resume else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
+    links = (
+        () if recording.resume or recording.network else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
+    )
     if any(not 0 <= link < recording.ranks for link in links):
         raise ConfigError(
             f"links {list(links)}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}"

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: MIT
+"""`flowcheck run`: starts a plan's stages, watches and restarts them, shows what happens, ends them in order.
+
+Rings and slots live in a folder of shared memory whose name follows from the checkpoint directory; there the supervisor
+also writes what `flowcheck status` reads. A stage that dies is started again over the same files and goes on where it
+was. A signal ends the dumps; the stages behind them end by themselves when they have drained what was captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowcheck import plan as plans
+from flowcheck.counters import packet_counters
+from flowcheck.errors import ConfigError, FlowCheckError
+from flowcheck.files import write_private
+from flowcheck.ring import PacketRing
+from flowcheck.slots import SlotFile
+from flowcheck.stage import READY_VARIABLE
+
+__all__ = ["ACKNOWLEDGEMENT", "Supervisor", "status"]
+
+#: Beside the plan: says that from now on every frame is captured.
+ACKNOWLEDGEMENT = "shadow.json"
+_STATUS = "status.json"
+_LOOK_S = 0.05
+_STATUS_S = 1.0
+_BACKOFF_S, _BACKOFF_MOST_S = 0.1, 5.0
+#: A stage that has run for so long was well; its next failure begins anew.
+_WELL_S = 10.0
+#: Exit statuses that another start does not mend: wrong usage, a bad plan, a corrupt file.
+_FINAL = {2, 3, 5}
+_DRAIN_S = 120.0
+_PR_SET_PDEATHSIG = 1
+
+
+def scratch_folder(out: Path) -> Path:
+    """Return where the rings and slots of a checkpoint directory lie while it is written."""
+    shared = Path("/dev/shm")
+    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    name = hashlib.sha256(os.fsencode(os.path.realpath(out))).hexdigest()[:16]
+    return root / f"flowcheck-{os.getuid()}-{name}"
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder for this user alone; ConfigError if something else has its name."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if not os.path.isdir(folder) or os.path.islink(folder) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{folder}: is not a folder of this user alone; remove it")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class _Child:
+    """One stage: its command, and the process that runs it now."""
+
+    name: str
+    command: list[str]
+    errors: Path
+    process: subprocess.Popen[bytes] | None = None
+    ready_pipe: int = -1
+    ready: bool = False
+    restarts: int = 0
+    started: float = 0.0
+    backoff: float = _BACKOFF_S
+    start_at: float = 0.0
+    told: bool = False
+    done: bool = False
+    rate: float = 0.0
+    counted: int = 0
+
+    def start(self) -> None:
+        """Start the process; it dies with this one."""
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
+                env={**os.environ, READY_VARIABLE: str(writing)}, preexec_fn=_die_with_parent, start_new_session=True,
+            )  # fmt: skip
+        os.close(writing)
+        if self.ready_pipe >= 0:
+            os.close(self.ready_pipe)
+        self.ready_pipe, self.ready, self.told, self.started = reading, False, False, time.monotonic()
+
+    def look(self) -> int | None:
+        """Note whether the process is ready; return its exit status if it has ended."""
+        if not self.ready:
+            with contextlib.suppress(BlockingIOError):
+                self.ready = os.read(self.ready_pipe, 1) == b"1"
+        return self.process.poll()
+
+    def last_words(self) -> str:
+        """Return what the process said on stderr, in one line."""
+        return " ".join(self.errors.read_text(errors="replace").split())[-500:]
+
+
+@dataclass
+class Supervisor:
+    """One live run: `run` returns when a signal or a fatal error has ended it.
+
+    Attributes:
+        plan_path: the job plan, every stream of which names its interface or port.
+        out: the checkpoint directory.
+        busy: the stages never wait.
+        show: called with the status document about once a second.
+        say: called with a line when something happens.
+    """
+
+    plan_path: Path
+    out: Path
+    busy: bool = False
+    show: Callable[[dict[str, Any]], None] = lambda document: None
+    say: Callable[[str], None] = lambda line: None
+    _children: list[_Child] = field(default_factory=list)
+    _stopping: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Run until SIGINT or SIGTERM, then until everything captured is drained; return the last status.
+
+        Raises:
+            ConfigError: the plan or a stream's source cannot be used, or another run has the directory.
+            FlowCheckError: a stage failed in a way that another start does not mend.
+        """
+        plan = plans.load(self.plan_path)
+        for stream in plan.shard.streams:
+            if not (stream.interface or stream.port):
+                raise ConfigError(f"{self.plan_path}: stream {stream.name!r} names neither interface nor port")
+        scratch = scratch_folder(self.out)
+        _make_private(scratch)
+        lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ConfigError(
+                f"{self.out}: another `flowcheck run` writes to it; stop that one, or choose another"
+            ) from error
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._discard_others(scratch, plan)
+            self._children = self._commands(scratch, plan)
+            self._watch(scratch, plan)
+            document = self._status(scratch, plan)
+            # What was not drained stays for the next run.
+            shutil.rmtree(scratch)
+            return document
+        finally:
+            for child in self._children:
+                if child.process is not None and child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            (self.plan_path.parent / ACKNOWLEDGEMENT).unlink(missing_ok=True)
+            os.close(lock)
+
+    def _on_signal(self, *_: object) -> None:
+        self._stopping = True
+
+    def _discard_others(self, scratch: Path, plan: plans.Plan) -> None:
+        """Clear what another job, or a run that was complete, has left; what a killed run left is gone on with."""
+        try:
+            for path in scratch.glob("*.ring"):
+                PacketRing.open(path, plan.identity()).close()
+            with contextlib.suppress(FileNotFoundError), SlotFile.open(scratch / "slots", plan.identity()) as slots:
+                if slots.ended:
+                    raise FlowCheckError("it was complete")
+        except FlowCheckError as error:
+            self.say(f"not going on with what an earlier run left: {error}")
+            for path in scratch.iterdir():
+                path.unlink()
+
+    def _commands(self, scratch: Path, plan: plans.Plan) -> list[_Child]:
+        options = ["--busy"] if self.busy else []
+
+        def child(name: str, package: str, *words: object) -> _Child:
+            command = [sys.executable, "-c", f"from {package}.cli import main; main()", str(self.plan_path)]
+            return _Child(name, [*command, *map(str, words), *options], scratch / f"{name.replace(' ', '-')}.stderr")
+
+        rings = {stream.name: scratch / f"{stream.name}.ring" for stream in plan.shard.streams}
+        children = []
+        for name, ring in rings.items():
+            children.append(child(f"dump {name}", "packet_dump", "--stream", name, "--ring", ring))
+            children.append(child(f"parse {name}", "packet_parser", "--stream", name, "--ring", ring))
+        ring_words = [word for ring in rings.values() for word in ("--ring", ring)]
+        children.append(child("extract", "data_extractor", *ring_words, "--slots", scratch / "slots"))
+        children.append(child("update", "updater", "--slots", scratch / "slots", "--out", self.out))
+        return children
+
+    def _watch(self, scratch: Path, plan: plans.Plan) -> None:
+        acknowledged, told, shown, draining_until = False, False, 0.0, None
+        for child in self._children:
+            child.start()
+        while not all(child.done for child in self._children):
+            for child in self._children:
+                self._tend(child)
+            now = time.monotonic()
+            if not acknowledged and all(child.ready for child in self._children):
+                acknowledged = True
+                acknowledgement = {"run_id": plan.job.run_id, "attempt": plan.job.attempt, "pid": os.getpid()}
+                write_private(self.plan_path.parent / ACKNOWLEDGEMENT, json.dumps(acknowledgement).encode())
+                self.say("capturing")
+            if self._stopping and not told:
+                told, draining_until = True, now + _DRAIN_S
+                self.say("stopping: draining what was captured")
+            if self._stopping:
+                self._stop_dumps()
+                if now > draining_until:
+                    left = ", ".join(child.name for child in self._children if not child.done)
+                    raise FlowCheckError(f"not drained after {_DRAIN_S:g} seconds: {left}; run again to go on")
+            if now - shown >= _STATUS_S:
+                document = self._status(scratch, plan, now - shown if shown else 0.0)
+                shown = now
+                write_private(scratch / _STATUS, json.dumps(document).encode())
+                self.show(document)
+            time.sleep(_LOOK_S)
+
+    def _stop_dumps(self) -> None:
+        for child in self._children:
+            if child.name.startswith("dump ") and child.ready and not child.told and child.process is not None:
+                child.told = True
+                child.process.send_signal(signal.SIGTERM)
+
+    def _tend(self, child: _Child) -> None:
+        """Start a stage again if it has died; FlowCheckError if that would not help."""
+        if child.done:
+            return
+        now = time.monotonic()
+        if child.process is None:
+            if now >= child.start_at:
+                child.start()
+            return
+        status = child.look()
+        if status is None:
+            return
+        if status == 0 and (self._stopping or child.name.startswith("dump ")):
+            # A dump that somebody else has told to end takes the others with it.
+            child.done, child.process, self._stopping = True, None, True
+            return
+        words = child.last_words()
+        if status in _FINAL or (status == 4 and not child.ready):
+            error = ConfigError if status in (2, 3) else FlowCheckError
+            failure = error(f"{child.name}: {words or f'ended with status {status}'}")
+            failure.exit_code = status
+            raise failure
+        if child.ready and now - child.started > _WELL_S:
+            child.backoff = _BACKOFF_S
+        what = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}: {words}"
+        self.say(f"{child.name} {what}; starting it again")
+        child.restarts += 1
+        child.process, child.start_at = None, now + child.backoff
+        child.ready = False
+        child.backoff = min(2 * child.backoff, _BACKOFF_MOST_S)
+
+    def _status(self, scratch: Path, plan: plans.Plan, elapsed_s: float = 0.0) -> dict[str, Any]:
+        """Return the document of `status --json`; rates are over `elapsed_s` since the last one."""
+        document = read_status(scratch, plan, self.out)
+        counts = document.pop("counts")
+        for child in self._children:
+            count = counts.get(child.name, 0)
+            child.rate = max(0.0, (count - child.counted) / elapsed_s) if elapsed_s else child.rate
+            child.counted = count
+        document["stages"] = [
+            {
+                "name": child.name,
+                "pid": child.process.pid if child.process is not None else None,
+                "rate": round(child.rate, 1),
+                "restarts": child.restarts,
+            }
+            for child in self._children
+        ]
+        return document
+
+
+def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
+    """Return what rings, slots and directory say of a run, and under `counts` how far each stage is."""
+    from updater.directory import Directory
+
+    with contextlib.ExitStack() as stack:
+        rings = []
+        for stream in plan.shard.streams:
+            with contextlib.suppress(OSError, FlowCheckError):
+                rings.append(stack.enter_context(PacketRing.open(scratch / f"{stream.name}.ring", plan.identity())))
+        packets = packet_counters(rings)
+        streams, counts, highest = [], {}, 0
+        for ring in rings:
+            state, highest_here = _stream_status(ring, plan.silence_ms)
+            highest = max(highest, highest_here)
+            streams.append({"name": ring.stream, **state, **packets["per_stream"][ring.stream]})
+            counts[f"dump {ring.stream}"], counts[f"parse {ring.stream}"] = ring.written, ring.parsed
+            counts["extract"] = counts.get("extract", 0) + ring.extracted
+        with contextlib.suppress(OSError, FlowCheckError):
+            with SlotFile.open(scratch / "slots", plan.identity()) as slots:
+                counts["update"] = slots.consumed_next
+    last, incomplete = 0, 0
+    with contextlib.suppress(FlowCheckError, OSError):  # the updater has not begun it yet
+        for iteration, (_, state) in Directory(out).entries.items():
+            last = iteration if state in ("committed", "whole") else last
+            incomplete += state == "incomplete"
+    return {
+        "run_id": plan.job.run_id,
+        "last_committed": last,
+        "lag": max(0, highest - last),
+        "incomplete": incomplete,
+        "stages": [],
+        "streams": streams,
+        "packets": packets,
+        "counts": counts,
+    }
+
+
+def _stream_status(ring: PacketRing, silence_ms: int) -> tuple[dict[str, Any], int]:
+    """Return a stream's state and how full its ring is, and the highest iteration that it has shown."""
+    from flowcheck.counters import extract_state
+
+    written = ring.written
+    state = "waiting"
+    if ring.ended:
+        state = "ended"
+    elif written:
+        newest = int(ring.record(written - 1)["timestamp_ns"][0])
+        state = "flowing" if time.time_ns() - newest < silence_ms * 1_000_000 else "silent"
+    full = (written - ring.extracted) / ring.records
+    return {"state": state, "ring_used": round(full, 4)}, int(extract_state(ring)["highest_iteration"])
+
+
+def status(out: Path) -> dict[str, Any]:
+    """Return the document of `status --json` of a checkpoint directory: live if a run writes to it, else as it was left.
+
+    Raises:
+        CheckpointError, ConfigError: it is no checkpoint directory, and no run has begun one.
+    """
+    from updater.directory import Directory
+
+    scratch = scratch_folder(out)
+    with contextlib.suppress(OSError, ValueError):
+        document = json.loads((scratch / _STATUS).read_text())
+        for stage in document["stages"]:
+            if stage["pid"] is not None and not os.path.exists(f"/proc/{stage['pid']}"):
+                stage["pid"], stage["rate"] = None, 0.0
+        with contextlib.suppress(FlowCheckError, OSError):
+            fresh = read_status(scratch, Directory(out).plan, out)
+            del fresh["counts"], fresh["stages"]
+            document.update(fresh)
+        return document
+    document = read_status(scratch, Directory(out).plan, out)
+    del document["counts"]
+    return document

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""A live job in tests: a fabric, `flowcheck-workload train` on it, `flowcheck run` beside it."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from flowcheck.supervisor import status
+from updater.directory import Directory
+from updater.model_state import ModelState
+from updater.shadow import load_snapshot, replay
+from workload_gen.fabric import Fabric
+from workload_gen.truth import digest
+
+
+def until(condition, what, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not after {seconds} s"
+        time.sleep(0.02)
+
+
+class LiveJob:
+    """Fabric, trainer and shadow; everything is taken away at the end of the `with`."""
+
+    def __init__(self, folder, *, ranks=4, mirrored=(0,), iterations=12, params=60_000, options=()):
+        self.folder, self.job, self.out = folder, folder / "job", folder / "checkpoints"
+        self.ranks, self.mirrored, self.iterations, self.params = ranks, mirrored, iterations, params
+        self.options = options
+        self.plan = self.job / "plan.json"
+        self._processes = []
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.fabric = stack.enter_context(Fabric(self.ranks, self.mirrored))
+            self.fabric.network.store(self.folder / "network.json")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+        self._stack.close()
+
+    def start(self, *command):
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._processes.append(process)
+        return process
+
+    def train(self, *options, out=None):
+        words = ["--ranks", self.ranks, "--iterations", self.iterations, "--params", self.params, "--bucket-mb", "0.1"]
+        command = [sys.executable, "-c", "from workload_gen.cli import main; main()", "train", *words]
+        command += ["--network", self.folder / "network.json", "--out", out or self.job, *self.options, *options]
+        return self.start(*command)
+
+    def shadow(self):
+        until(self.plan.exists, "the plan")
+        return self.start(sys.executable, "-m", "flowcheck", "run", self.plan, "--out", self.out)
+
+    def status(self):
+        return status(self.out)
+
+    def steps(self):
+        path = self.job / "steps.jsonl"
+        return (
+            {row["iteration"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+        )
+
+    def stop(self, shadow):
+        """End the shadow as a user would; return what it said."""
+        shadow.send_signal(signal.SIGTERM)
+        out, err = shadow.communicate(timeout=120)
+        assert shadow.returncode == 0, err
+        return out + err
+
+
+def states(out):
+    """Return the listed state of each iteration, and when each was logged."""
+    entries = Directory(out).entries
+    return {i: state for i, (_, state) in entries.items()}, {i: e.header.time_ns for i, (e, _) in entries.items()}
+
+
+def digests(out):
+    """Return the digest of the state after every committed iteration, stepped from the first snapshot."""
+    directory = Directory(out)
+    first = load_snapshot(directory.manifest, directory.manifest.snapshots[0])
+    model = ModelState(directory.plan)
+    model.load_model(first.model, "snapshot")
+    model.load_optimizer(first.optimizer, "snapshot")
+    return {
+        iteration: digest({"model": model.model, "optimizer": model.optimizer.state_dict()})
+        for iteration in replay(directory.plan, model, directory.entries.values(), first.iteration)
+    }

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""`flowcheck run` on a job that trains live over a mirrored fabric, against the trainer's own digests."""
+
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowcheck.supervisor import scratch_folder
+from tests import network
+from tests.pipeline.live import LiveJob, digests, states, until
+from tests.pipeline.test_live import capabilities
+
+pytestmark = [pytest.mark.dpdk, network.needs_root]
+
+
+def check(job, iterations):
+    """Every iteration committed, with the trainer's bits."""
+    listed, _ = states(job.out)
+    assert listed == dict.fromkeys(range(1, iterations + 1), "committed")
+    assert digests(job.out) == {i: row["digest"] for i, row in job.steps().items()}
+
+
+LL = {"ranks": 2, "options": ("--protocol", "ll", "--ip", "6", "--optimizer", "sgd")}
+LL128 = {
+    "ranks": 3,
+    "mirrored": (0, 1),
+    "options": ("--protocol", "ll128", "--channels", "2", "--pin-channels", "--fused"),
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="simple"),
+        pytest.param(LL, id="ll", marks=pytest.mark.slow),
+        pytest.param(LL128, id="ll128", marks=pytest.mark.slow),
+    ],
+)
+def test_every_iteration_of_a_live_job_has_the_trainers_bits(tmp_path, settings):
+    with LiveJob(tmp_path, **settings) as job:
+        trainer, shadow = job.train(), job.shadow()
+        until(lambda: (job.job / "shadow.json").exists() or trainer.poll() is not None, "the shadow")
+        for stage in job.status()["stages"] if (job.out / "manifest.json").exists() else []:
+            assert not any(capabilities(stage["pid"])), stage
+        assert trainer.wait(120) == 0, trainer.stderr.read()
+        until(lambda: job.status()["last_committed"] == job.iterations, "the last iteration")
+        report = job.status()
+        scratch = scratch_folder(job.out)
+        modes = {path: stat.S_IMODE(path.stat().st_mode) for path in scratch.rglob("*")}
+        said = job.stop(shadow)
+        check(job, job.iterations)
+        _, logged = states(job.out)
+        ended = {i: row["ended_ns"] for i, row in job.steps().items()}
+        lags = [sum(logged[j] > ended[i] for j in range(1, i + 1)) for i in ended]
+    assert f"committed to iteration {job.iterations}, 0 incomplete" in said
+    assert set(modes.values()) == {0o600}, modes
+    assert not scratch.exists() and not (job.job / "shadow.json").exists()
+    assert {stat.S_IMODE(p.stat().st_mode) for p in job.out.rglob("*") if p.is_file()} == {0o600}
+    packets = report["packets"]
+    assert packets["missed_by_port"] == packets["dropped_ring_full"] == 0
+    judged = sum(v for k, v in packets.items() if isinstance(v, int) and k not in ("received", "missed_by_port"))
+    assert judged == packets["received"] > 100
+    assert max(lags) <= 2, lags  # at most one in the usual case; a test machine may stall
+
+
+def test_without_the_mirror_training_goes_on_and_nothing_is_committed(tmp_path):
+    with LiveJob(tmp_path, iterations=30) as job:
+        trainer, shadow = job.train(), job.shadow()
+        until(lambda: len(job.steps()) >= 5, "five steps")
+        job.fabric.mirror(0, on=False)
+        seen = len(job.steps())
+        assert trainer.wait(120) == 0, trainer.stderr.read()
+        job.stop(shadow)
+        assert len(job.steps()) == 30
+        listed, _ = states(job.out)
+        committed = [i for i, state in listed.items() if state == "committed"]
+        assert committed == list(range(1, len(committed) + 1)) and 4 <= len(committed) <= seen + 2
+        found, truth = digests(job.out), job.steps()
+        assert all(found[i] == truth[i]["digest"] for i in committed)
+
+
+def kill_stages(tmp_path, kills, iterations, seed):
+    """Kill a random stage at random moments; the job goes on, and what is committed is the trainer's."""
+    chance = random.Random(seed)
+    killed = []
+    with LiveJob(tmp_path, iterations=iterations, params=100_000) as job:
+        trainer, shadow = job.train(), job.shadow()
+        until(lambda: len(job.steps()) >= 3, "three steps")
+        while len(killed) < kills and trainer.poll() is None:
+            stages = [stage for stage in job.status()["stages"] if stage["pid"]]
+            victim = chance.choice(stages)
+            os.kill(victim["pid"], signal.SIGKILL)
+            killed.append(victim["name"])
+            done = len(job.steps())
+            wait = chance.randrange(1, 20)
+            until(lambda: len(job.steps()) >= min(done + wait, iterations) or trainer.poll() is not None, "some steps")  # noqa: B023
+        assert trainer.wait(200) == 0, trainer.stderr.read()
+        until(lambda: job.status()["lag"] == 0 or all(s["pid"] for s in job.status()["stages"]), "all stages back")
+        said = job.stop(shadow)
+        listed, _ = states(job.out)
+        found, truth = digests(job.out), job.steps()
+    assert len(killed) == kills and said.count("starting it again") >= kills - 1
+    committed = [i for i, state in listed.items() if state == "committed"]
+    assert len(truth) == iterations and found
+    assert {i: found[i] for i in committed} == {i: truth[i]["digest"] for i in committed}
+    for iteration, state in listed.items():
+        assert state in ("committed", "incomplete", "waiting"), (iteration, state)
+    return killed, committed
+
+
+def test_stages_killed_at_random_moments_never_make_a_wrong_iteration(tmp_path):
+    _, committed = kill_stages(tmp_path, 6, 200, seed=1)
+    assert committed
+
+
+@pytest.mark.nightly
+def test_fifty_kills_in_one_run(tmp_path):
+    killed, _ = kill_stages(tmp_path, 50, 2500, seed=2)
+    assert len(set(killed)) == 4
+
+
+def flowcheck(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "flowcheck", *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_two_runs_on_one_directory_are_refused(tmp_path):
+    with LiveJob(tmp_path) as job:
+        job.train("--shadow", "100")
+        shadow = job.shadow()
+        until(lambda: (job.job / "shadow.json").exists(), "the shadow")
+        code, error = flowcheck("run", job.plan, "--out", job.out)
+        assert code == 3 and "another `flowcheck run`" in error
+        job.stop(shadow)
+
+
+def test_a_stream_without_a_source_or_with_a_missing_one_is_refused(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "captures" / "ll-1ch-5000f-20iter-bothways-mtu4096.json"
+    code, error = flowcheck("run", example, "--out", tmp_path / "out")
+    assert code == 3 and "names neither interface nor port" in error
+    document = json.loads(example.read_text())
+    document["shards"][0]["streams"][0]["interface"] = "fcnone"
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    code, error = flowcheck("run", tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert code == 4 and "no interface 'fcnone'" in error
+    assert not (tmp_path / "shadow.json").exists()
