@@ -52,6 +52,8 @@ system_packages() {
     headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     [ -e "$headers/Python.h" ] || missing="$missing python3-dev"
     "$python" -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
+    # A live demonstration builds a network; only root can.
+    [ "$(id -u)" != 0 ] || command -v tc >/dev/null || missing="$missing iproute2"
     # shellcheck disable=SC2086
     [ -z "$missing" ] || install $missing
 }

@@ -229,17 +229,33 @@ def diff(first: str, second: str, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the files go; a new temporary folder if not given.",
 )
+@click.option(
+    "--transport",
+    type=click.Choice(["fabric", "offline"]),
+    help="fabric: live over a mirrored network of this machine; offline: recorded, then replayed. Default: live if it can be.",
+)
 @json_option
 @debug_option
-def demo(directory: Path | None, as_json: bool) -> None:
+def demo(directory: Path | None, transport: str | None, as_json: bool) -> None:
     """Show the product in one go: train, checkpoint from packets, kill, restore, resume, compare."""
-    from flowcheck.demo import demo as run
+    from flowcheck import demo as live
+    from flowcheck import demo_offline as offline
+    from flowcheck.errors import DeviceError
     from flowcheck.tables import print_demo, step_progress
 
     if directory is not None and directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: not empty; name a new folder")
     with step_progress() as progress:
-        report = run(directory, progress)
+        if transport == "offline":
+            report = offline.demo(directory, progress)
+        else:
+            try:
+                report = live.demo(directory, progress)
+            except DeviceError as error:
+                if transport == "fabric":
+                    raise
+                click.echo(f"not live, but from a recording: {error}", err=True)
+                report = offline.demo(directory, progress)
     if as_json:
         print_json(report)
     else:
@@ -257,8 +273,9 @@ def demo(directory: Path | None, as_json: bool) -> None:
     help="Checkpoint directory; gone on with if it is this job's.",
 )
 @click.option("--busy", is_flag=True, help="Stages never wait: for a node with a core per stage.")
+@json_option
 @debug_option
-def run(plan: Path, out: Path, busy: bool) -> None:
+def run(plan: Path, out: Path, busy: bool, as_json: bool) -> None:
     """Checkpoint a live job: start all stages, restart one that dies, end cleanly on SIGINT or SIGTERM.
 
     Every stream of the plan names the interface or port that the switch mirrors to. A file shadow.json beside the plan
@@ -273,6 +290,9 @@ def run(plan: Path, out: Path, busy: bool) -> None:
 
     with live_status() as (show, say):
         report = Supervisor(plan, out, busy=busy, show=show, say=say).run()
+    if as_json:
+        print_json(report)
+        return
     click.echo(
         f"{out}: committed to iteration {report['last_committed']}, {report['incomplete']} incomplete; "
         f"{report['packets']['received']} frames received, {report['packets']['missed_by_port']} missed"

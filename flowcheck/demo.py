@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The product in one go: a job is recorded, killed, shadowed from its packets, restored, resumed, and compared.
-
-This release does it offline: the network is recorded into capture files, which are then replayed.
-"""
+"""The product in one go, live: a job trains over a mirrored network, is checkpointed from it, killed, restored, resumed."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
+import random
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,116 +22,185 @@ from flowcheck.errors import FlowCheckError
 
 __all__ = ["demo"]
 
-RANKS, ITERATIONS, KILL_AFTER = 4, 16, 9
-PARAMETERS = 50_000
+RANKS, ITERATIONS, KILL_AFTER, MIRRORED = 4, 60, 35, 0
+PARAMETERS = 400_000
 PATIENCE_S = 120
+#: Steps at the start of a run that its median step time leaves out.
+WARM_UP = 5
 
 Progress = Callable[[str, int, int], None]
 
 
-def _recorder(out: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a recorder process; a process of its own, so that it can be killed like a job."""
-    command = [sys.executable, "-c", "from workload_gen.cli import main; main()", "record", "--out", str(out)]
-    command += [
-        "--ranks",
-        str(RANKS),
-        "--iterations",
-        str(ITERATIONS),
-        "--params",
-        str(PARAMETERS),
-        "--bucket-mb",
-        "0.1",
-    ]
-    command += ["--optimizer", "adamw", "--fused", "--mtu", "4096", *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+class _Job:
+    """A trainer of the demonstration, a process group of its own so that it can be killed like a job."""
 
+    def __init__(self, network: Path, out: Path, *options: str) -> None:
+        self.out = out
+        words = ["--ranks", RANKS, "--iterations", ITERATIONS, "--params", PARAMETERS, "--bucket-mb", "0.5", "--fused"]
+        command = [sys.executable, "-c", "from workload_gen.cli import main; main()", "train", "--network", network]
+        self.process = subprocess.Popen(
+            [*map(str, [*command, *words, "--out", out]), *options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
 
-def _truth(out: Path, iteration: int) -> Path:
-    return out / "truth" / f"iteration-{iteration:06}.pt"
+    def steps(self) -> list[dict[str, Any]]:
+        """Return what the job has noted of each step: iteration, ended_ns, digest of the state after it."""
+        path = self.out / "steps.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
-
-def _follow(process: subprocess.Popen[str], out: Path, what: str, first: int, last: int, progress: Progress) -> None:
-    """Wait until a recorder has finished iteration `last`; FlowCheckError if it ends before or takes too long."""
-    end = time.monotonic() + PATIENCE_S
-    for iteration in range(first, last + 1):
-        while not _truth(out, iteration).exists():
-            if process.poll() is not None and not _truth(out, iteration).exists():
-                raise FlowCheckError(f"the recorder ended in iteration {iteration}: {process.stderr.read().strip()}")
+    def follow(self, what: str, last: int, progress: Progress) -> None:
+        """Wait until iteration `last` is done; FlowCheckError if the job ends before, or takes too long."""
+        end = time.monotonic() + PATIENCE_S
+        first = done = None
+        while done is None or done < last:
+            steps = self.steps()
+            if steps:
+                first = steps[0]["iteration"] if first is None else first
+                done = steps[-1]["iteration"]
+                progress(what, done - first + 1, last - first + 1)
+            if (done or 0) < last and self.process.poll() is not None and self.steps() == steps:
+                raise FlowCheckError(f"the trainer ended: {self.process.stderr.read().strip()}")
             if time.monotonic() > end:
-                process.kill()
-                raise FlowCheckError(f"the recorder has not finished iteration {iteration} after {PATIENCE_S} seconds")
-            time.sleep(0.002)
-        progress(what, iteration - first + 1, last - first + 1)
+                raise FlowCheckError(f"the trainer has not finished iteration {last} after {PATIENCE_S} seconds")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Kill every process of the job with SIGKILL; one that has ended is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait until the job has ended."""
+        self.process.wait()
+
+
+def _start_shadow(plan: Path, out: Path, trainer: _Job) -> subprocess.Popen[str]:
+    end = time.monotonic() + PATIENCE_S
+    while not plan.exists():
+        if trainer.process.poll() is not None or time.monotonic() > end:
+            raise FlowCheckError("the trainer has written no plan")
+        time.sleep(0.02)
+    command = [sys.executable, "-m", "flowcheck", "run", str(plan), "--out", str(out), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _stop(shadow: subprocess.Popen[str]) -> dict[str, Any]:
+    """End a shadow as a user would; return its last status."""
+    shadow.send_signal(signal.SIGTERM)
+    report, errors = shadow.communicate(timeout=PATIENCE_S)
+    if shadow.returncode:
+        raise FlowCheckError(f"flowcheck run failed: {errors.strip()[-500:]}")
+    return json.loads(report)
+
+
+def _step_ms(steps: list[dict[str, Any]]) -> float:
+    times = [row["ended_ns"] for row in steps[WARM_UP:]]
+    return round(statistics.median(b - a for a, b in itertools.pairwise(times)) / 1e6, 1)
+
+
+def _most_behind(out: Path, steps: list[dict[str, Any]]) -> int:
+    """Return how many iterations were not yet in the log when a step ended, at most."""
+    from updater.directory import Directory
+
+    logged = {i: entry.header.time_ns for i, (entry, _) in Directory(out).entries.items()}
+    behind = 0
+    for row in steps:
+        now, last = row["ended_ns"], row["iteration"]
+        behind = max(behind, sum(logged.get(i, now + 1) > now for i in range(max(1, last - 10), last + 1)))
+    return behind
+
+
+def _compare(out: Path, truth: dict[int, str], progress: Progress) -> bool:
+    """Return whether the state after every committed iteration has the digest that the trainer noted."""
+    from updater.directory import Directory
+    from updater.restore import states_after
+    from workload_gen.truth import digest
+
+    committed = sum(state == "committed" for _, state in Directory(out).entries.values())
+    equal = True
+    for number, (iteration, state) in enumerate(states_after(out), 1):
+        equal = digest(state) == truth.get(iteration) and equal
+        progress("comparing every iteration", number, committed)
+    return equal
 
 
 def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
     """Run the demonstration in a folder (a new temporary one if None) and return the document of `demo --json`.
 
     Args:
-        directory: where recordings, checkpoints and restored states go; kept.
+        directory: where everything goes; kept.
         progress: called with (what, steps done, steps in all).
+
+    Raises:
+        DeviceError: the network cannot be built here.
+        FlowCheckError: a part of it failed.
     """
-    from flowcheck.replay import replay
-    from updater.diff import diff
+    from flowcheck import interfaces
+    from updater.listing import listing
     from updater.restore import restore_state, write_torch
-    from workload_gen.pcapng import trim
+    from workload_gen.fabric import Fabric
 
     folder = Path(directory or tempfile.mkdtemp(prefix="flowcheck-demo-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    whole, cut, resumed, checkpoints = (folder / name for name in ("uninterrupted", "killed", "resumed", "checkpoints"))
+    checkpoints, network = folder / "checkpoints", folder / "network.json"
+    with Fabric(RANKS, (MIRRORED,)) as fabric:
+        folder.mkdir(parents=True, exist_ok=True)
+        fabric.network.store(network)
+        monitor = fabric.monitors[MIRRORED]
+        running: list[Any] = []
+        try:
+            whole = _Job(network, folder / "uninterrupted", "--shadow", "0")
+            running.append(whole)
+            whole.follow("training, never stopped", ITERATIONS, progress)
+            whole.wait()
 
-    process = _recorder(whole)
-    _follow(process, whole, "training, never stopped", 1, ITERATIONS, progress)
-    process.communicate()
+            seen = interfaces.received_bytes(monitor)
+            killed = _Job(network, folder / "killed")
+            running.append(killed)
+            shadow = _start_shadow(killed.out / "plan.json", checkpoints, killed)
+            running.append(shadow)
+            killed.follow("training, then SIGKILL", KILL_AFTER, progress)
+            time.sleep(random.uniform(0.2, 0.8) * _step_ms(killed.steps()) / 1e3)  # somewhere in the next iteration
+            killed.kill()
+            killed.wait()
+            seen = interfaces.received_bytes(monitor) - seen
+            packets = _stop(shadow)["packets"]
 
-    process = _recorder(cut)
-    _follow(process, cut, "training, then SIGKILL", 1, KILL_AFTER, progress)
-    process.kill()
-    process.communicate()
-    finished = sum(1 for _ in (cut / "truth").glob("iteration-*.pt"))
-
-    plan = json.loads((cut / "plan.json").read_text())
-    captures = {stream["name"]: cut / f"{stream['name']}.pcapng" for stream in plan["shards"][0]["streams"]}
-    for capture in captures.values():
-        trim(capture)
-    report = replay(
-        cut / "plan.json",
-        captures,
-        checkpoints,
-        progress=lambda done, total: progress("shadowing from packets", done, total),
-    )
-    states = [row["state"] for row in report["iterations"]]
-    committed = [row["iteration"] for row in report["iterations"] if row["state"] == "committed"]
-    if not committed:
-        raise FlowCheckError(f"no iteration was committed; the files are in {folder}")
-
-    # A gradient that was whole on the wire is committed even where no rank lived to apply it: its truth is the other run's.
-    exact = True
-    for number, iteration in enumerate(committed, 1):
-        truth = _truth(cut if iteration <= finished else whole, iteration)
-        exact = diff(f"{checkpoints}@{iteration}", str(truth))["equal"] and exact
-        progress("comparing every iteration", number, len(committed))
-    last = committed[-1]
-    state = folder / "restored.pt"
-    write_torch(restore_state(checkpoints, last), state)
-
-    same = True
-    if last < ITERATIONS:
-        process = _recorder(resumed, "--resume", str(state))
-        _follow(process, resumed, "training, resumed", last + 1, ITERATIONS, progress)
-        process.communicate()
-        same = diff(str(_truth(resumed, ITERATIONS)), str(_truth(whole, ITERATIONS)))["equal"]
+            steps = killed.steps()
+            finished, report = steps[-1]["iteration"], listing(checkpoints)
+            # A gradient that was whole on the wire is committed even where no rank lived to apply it.
+            truth = {row["iteration"]: row["digest"] for row in [*whole.steps(), *steps]}
+            exact = _compare(checkpoints, truth, progress)
+            state = restore_state(checkpoints)
+            write_torch(state, folder / "restored.pt")
+            same = True
+            if state.iteration < ITERATIONS:
+                resumed = _Job(network, folder / "resumed", "--resume", str(folder / "restored.pt"))
+                running.append(resumed)
+                resumed.follow("training, resumed", ITERATIONS, progress)
+                resumed.wait()
+                same = resumed.steps()[-1]["digest"] == whole.steps()[-1]["digest"]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    rows = {row["iteration"]: row["state"] for row in report["iterations"]}
+    # What the kill cut off was never an iteration of the training.
+    complete = [rows.get(iteration) for iteration in range(1, finished + 1)]
     return {
-        "transport": "offline",
+        "transport": "fabric",
         "ranks": RANKS,
         "iterations": ITERATIONS,
-        "committed": len(committed),
-        "incomplete": states.count("incomplete"),
+        "committed": list(rows.values()).count("committed"),
+        "incomplete": len(complete) - complete.count("committed"),
         "bit_exact": exact and report["bit_exact"],
         "resumed_equal": same,
         "killed_at": finished + 1,
-        "restored": last,
-        "max_lag": max(0, finished - last),
-        "frames": report["packets"]["received"],
+        "restored": state.iteration,
+        "max_lag": _most_behind(checkpoints, steps),
+        "frames": packets["received"],
+        "bytes": seen,
+        "step_ms": _step_ms(steps),
+        "step_ms_untouched": _step_ms(whole.steps()),
         "dir": str(folder),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flowcheck.errors import DeviceError
 
-__all__ = ["check", "mtu", "raw_socket", "received"]
+__all__ = ["check", "mtu", "raw_socket", "received", "received_bytes"]
 
 _NAME_BYTES = 15
 _UP = 1  # IFF_UP, linux/if.h
@@ -40,6 +40,11 @@ def mtu(name: str) -> int:
 def received(name: str) -> int:
     """Return the frames that came to an interface since it was made, those that the kernel dropped included."""
     return int(_attribute(name, "statistics/rx_packets")) + int(_attribute(name, "statistics/rx_dropped"))
+
+
+def received_bytes(name: str) -> int:
+    """Return the bytes of the frames that came to an interface since it was made."""
+    return int(_attribute(name, "statistics/rx_bytes"))
 
 
 def raw_socket(name: str) -> socket.socket:

@@ -42,7 +42,7 @@ _LOOK_S = 0.05
 _STATUS_S = 1.0
 _BACKOFF_S, _BACKOFF_MOST_S = 0.1, 5.0
 #: A stage that has run for so long was well; its next failure begins anew.
-_WELL_S = 10.0
+_WELL_S = 1.0
 #: Exit statuses that another start does not mend: wrong usage, a bad plan, a corrupt file.
 _FINAL = {2, 3, 5}
 _DRAIN_S = 120.0

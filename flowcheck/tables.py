@@ -229,9 +229,12 @@ def print_demo(report: dict[str, Any]) -> None:
         "committed": "iterations committed", "incomplete": "iterations incomplete", "restored": "restored iteration",
         "bit_exact": "every committed state equals the trainer's, bit for bit",
         "resumed_equal": "the resumed run ends with the bits of one never stopped",
-        "max_lag": "most iterations behind", "frames": "frames captured",
+        "max_lag": "most iterations behind", "frames": "frames captured", "bytes": "bytes mirrored",
+        "step_ms": "median step, ms, all stages on the same machine", "step_ms_untouched": "median step, ms, nothing beside it",
     }  # fmt: skip
     for key, text in words.items():
+        if key not in report:
+            continue
         value = report[key]
         table.add_row(text, ("yes" if value else "NO") if isinstance(value, bool) else str(value))
     console.print(table)

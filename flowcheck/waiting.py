@@ -16,8 +16,9 @@ __all__ = ["AdaptiveWait"]
 class AdaptiveWait:
     """Call `idle()` after a poll that found nothing and `busy()` after one that did; one thread each."""
 
-    SPINS = 64
-    YIELDS = 64
+    SPINS = 8
+    YIELDS = 8
+    SHORTEST_S = 50e-6
     LONGEST_S = 0.002
 
     def __init__(self, *, always_busy: bool = False) -> None:
@@ -37,4 +38,4 @@ class AdaptiveWait:
         if over <= 0:
             os.sched_yield()
         else:
-            time.sleep(min(self.LONGEST_S, 50e-6 * over))
+            time.sleep(min(self.LONGEST_S, self.SHORTEST_S * 2 ** min(over - 1, 10)))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = {"packet_dump", "packet_parser", "data_extractor", "updater"}
 PACKAGES = STAGES | {"flowcheck", "workload_gen"}
 #: Where `flowcheck` may import stages: its command and its supervisors, inside functions.
-SUPERVISORS = {"cli.py", "replay.py", "demo.py", "restart.py", "supervisor.py"}
+SUPERVISORS = {"cli.py", "replay.py", "demo.py", "demo_offline.py", "restart.py", "supervisor.py"}
 
 
 def imports(path):

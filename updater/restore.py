@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from updater.model_state import ModelState
 from updater.shadow import load_snapshot, replay
 from updater.snapshot import State, write_state
 
-__all__ = ["FORMATS", "restore", "restore_state", "write_hdf5", "write_torch"]
+__all__ = ["FORMATS", "restore", "restore_state", "states_after", "write_hdf5", "write_torch"]
 
 FORMATS = ("torch", "hdf5")
 
@@ -75,6 +76,23 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         model.optimizer.state_dict(),
         buckets,
     )
+
+
+def states_after(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (iteration, {"model", "optimizer"}) for every committed iteration, stepped on from the first snapshot.
+
+    What is yielded is stepped on when the next is asked for. Errors are those of `restore_state`.
+    """
+    directory = Directory(path)
+    snapshots = directory.manifest.snapshots
+    if not snapshots:
+        return
+    first = load_snapshot(directory.manifest, snapshots[0])
+    model = ModelState(directory.plan)
+    model.load_model(first.model, str(path))
+    model.load_optimizer(first.optimizer, str(path))
+    for iteration in replay(directory.plan, model, directory.entries.values(), first.iteration):
+        yield iteration, {"model": model.model, "optimizer": model.optimizer.state_dict()}
 
 
 def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:

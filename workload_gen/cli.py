@@ -192,7 +192,7 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for `flowcheck run` before training starts; 0: for nobody.",
+    help="Seconds to wait for `flowcheck run` before training starts; 0: nobody is to shadow it.",
 )
 @click.option(
     "--truth",

@@ -30,6 +30,8 @@ _OURS = re.compile(r"fc(\d+)-(?:r\d+|switch)")
 _CLONE_NEWNET = 0x40000000
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING, _ETH_P_ALL = 263, 23, 3
 _MTU = 9000
+#: An adapter does not lose what it is sent while its host computes.
+_BUFFER_BYTES = 32 << 20
 
 
 def _ip(*commands: str) -> None:
@@ -62,8 +64,11 @@ def adapter_socket(namespace: str, interface: str) -> socket.socket:
     with _inside(namespace):
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
     raw.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-    for option in (33, 32):  # SO_RCVBUFFORCE, SO_SNDBUFFORCE: an adapter does not lose what it is sent
-        raw.setsockopt(socket.SOL_SOCKET, option, 32 << 20)
+    for forced, option in ((33, socket.SO_RCVBUF), (32, socket.SO_SNDBUF)):  # SO_RCVBUFFORCE, SO_SNDBUFFORCE
+        try:
+            raw.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
+        except PermissionError:  # root of a user namespace only: as much as the system gives anybody
+            raw.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
     raw.bind((interface, _ETH_P_ALL))
     return raw
 

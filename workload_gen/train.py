@@ -80,7 +80,7 @@ def train(
     Args:
         recording: the job.
         network: its hosts and monitor ports.
-        shadow_s: so long the job waits for `flowcheck run` before it starts; a resumed one waits for nobody.
+        shadow_s: so long the job waits for `flowcheck run` before it starts; 0, or a resumed job: it leaves no plan.
         say: called with a line when something happens.
         progress: called with (iterations done, in all).
 
@@ -88,9 +88,9 @@ def train(
         FlowCheckError: a rank failed, or no shadow came.
     """
     recording = replace(recording, network=network)
-    if not recording.resume:
+    if shadow_s and not recording.resume:
         path = write_plan(recording)
         say(f"plan: {path}")
-        if shadow_s and not _wait_for_shadow(path.parent, shadow_s):
+        if not _wait_for_shadow(path.parent, shadow_s):
             raise FlowCheckError(f"no shadow after {shadow_s:g} seconds; flowcheck run {path} --out DIR")
     record(recording, progress)

@@ -10,8 +10,7 @@ import time
 
 from flowcheck.supervisor import status
 from updater.directory import Directory
-from updater.model_state import ModelState
-from updater.shadow import load_snapshot, replay
+from updater.restore import states_after
 from workload_gen.fabric import Fabric
 from workload_gen.truth import digest
 
@@ -88,12 +87,4 @@ def states(out):
 
 def digests(out):
     """Return the digest of the state after every committed iteration, stepped from the first snapshot."""
-    directory = Directory(out)
-    first = load_snapshot(directory.manifest, directory.manifest.snapshots[0])
-    model = ModelState(directory.plan)
-    model.load_model(first.model, "snapshot")
-    model.load_optimizer(first.optimizer, "snapshot")
-    return {
-        iteration: digest({"model": model.model, "optimizer": model.optimizer.state_dict()})
-        for iteration in replay(directory.plan, model, directory.entries.values(), first.iteration)
-    }
+    return {iteration: digest(state) for iteration, state in states_after(out)}

@@ -95,8 +95,13 @@ def kill_stages(tmp_path, kills, iterations, seed):
         until(lambda: len(job.steps()) >= 3, "three steps")
         while len(killed) < kills and trainer.poll() is None:
             stages = [stage for stage in job.status()["stages"] if stage["pid"]]
+            if not stages:
+                continue  # all are being started again
             victim = chance.choice(stages)
-            os.kill(victim["pid"], signal.SIGKILL)
+            try:
+                os.kill(victim["pid"], signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # what status says may be a second old
             killed.append(victim["name"])
             done = len(job.steps())
             wait = chance.randrange(1, 20)
