@@ -76,6 +76,7 @@ class _Child:
     name: str
     command: list[str]
     errors: Path
+    environment: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     ready_pipe: int = -1
     ready: bool = False
@@ -95,7 +96,7 @@ class _Child:
         with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
-                env={**os.environ, READY_VARIABLE: str(writing)}, preexec_fn=_die_with_parent, start_new_session=True,
+                env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=_die_with_parent, start_new_session=True,
             )  # fmt: skip
         os.close(writing)
         if self.ready_pipe >= 0:
@@ -192,10 +193,13 @@ class Supervisor:
 
     def _commands(self, scratch: Path, plan: plans.Plan) -> list[_Child]:
         options = ["--busy"] if self.busy else []
+        # Threads of the optimizer step that spin for work take the cores of the other stages.
+        environment = dict(os.environ) if self.busy else {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
         def child(name: str, package: str, *words: object) -> _Child:
             command = [sys.executable, "-c", f"from {package}.cli import main; main()", str(self.plan_path)]
-            return _Child(name, [*command, *map(str, words), *options], scratch / f"{name.replace(' ', '-')}.stderr")
+            errors = scratch / f"{name.replace(' ', '-')}.stderr"
+            return _Child(name, [*command, *map(str, words), *options], errors, environment)
 
         rings = {stream.name: scratch / f"{stream.name}.ring" for stream in plan.shard.streams}
         children = []

@@ -25,7 +25,7 @@ from updater.log_reader import Segment, read_index, segment_paths
 __all__ = ["SEGMENT_BYTES", "LogWriter"]
 
 #: A segment that has grown to this is closed at the next record.
-SEGMENT_BYTES = 1 << 30
+SEGMENT_BYTES = 64 << 20
 
 
 class LogWriter:
