@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from flowcheck.errors import ConfigError, DifferenceError
+from flowcheck.errors import ConfigError, DifferenceError, FlowCheckError
 from flowcheck.options import Group, command_settings, debug_option, json_option, print_json, version_option
 
 __all__ = ["main"]
@@ -262,6 +262,32 @@ def demo(directory: Path | None, transport: str | None, as_json: bool) -> None:
         print_demo(report)
     if not (report["bit_exact"] and report["resumed_equal"]):
         sys.exit(DifferenceError.exit_code)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("state", type=click.Path(path_type=Path, dir_okay=False))
+@debug_option
+def rebase(directory: Path, state: Path) -> None:
+    """Take a full state of the trainer as new base: a torch file with model, optimizer and iteration.
+
+    After a loss that nothing repairs, later iterations wait for one: those that the log holds whole are then committed.
+    A live run takes it as well.
+
+    \b
+    Example:
+      flowcheck rebase checkpoints state-000120.pt
+    """
+    from flowcheck.supervisor import INBOX, is_live, scratch_folder
+    from updater import base
+
+    if is_live(directory):
+        if not base.offer(directory, scratch_folder(directory) / INBOX, state):
+            raise FlowCheckError(f"{directory}: the live run has not taken {state} in a minute; see flowcheck status")
+        click.echo(f"{state}: the live run goes on from it, or is past it", err=True)
+        return
+    iteration, reached = base.rebase(directory, state)
+    click.echo(f"base at iteration {iteration}, committed to iteration {reached}", err=True)
 
 
 @main.command()

@@ -33,10 +33,12 @@ from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
 from flowcheck.stage import READY_VARIABLE
 
-__all__ = ["ACKNOWLEDGEMENT", "Supervisor", "status"]
+__all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INBOX", "Supervisor", "is_live", "scratch_folder", "status"]
 
 #: Beside the plan: says that from now on every frame is captured.
 ACKNOWLEDGEMENT = "shadow.json"
+#: Folder beside the plan, for the trainer's own full states; and one in the scratch folder, for `flowcheck rebase`.
+FULL_STATES, INBOX = "states", "bases"
 _STATUS = "status.json"
 _LOOK_S = 0.05
 _STATUS_S = 1.0
@@ -188,6 +190,7 @@ class Supervisor:
                     raise FlowCheckError("it was complete")
         except FlowCheckError as error:
             self.say(f"not going on with what an earlier run left: {error}")
+            shutil.rmtree(scratch / INBOX, ignore_errors=True)
             for path in scratch.iterdir():
                 path.unlink()
 
@@ -208,7 +211,8 @@ class Supervisor:
             children.append(child(f"parse {name}", "packet_parser", "--stream", name, "--ring", ring))
         ring_words = [word for ring in rings.values() for word in ("--ring", ring)]
         children.append(child("extract", "data_extractor", *ring_words, "--slots", scratch / "slots"))
-        children.append(child("update", "updater", "--slots", scratch / "slots", "--out", self.out))
+        bases = ("--bases", self.plan_path.parent / FULL_STATES, "--bases", scratch / INBOX)
+        children.append(child("update", "updater", "--slots", scratch / "slots", "--out", self.out, *bases))
         return children
 
     def _watch(self, scratch: Path, plan: plans.Plan) -> None:
@@ -346,6 +350,21 @@ def _stream_status(ring: PacketRing, silence_ms: int) -> tuple[dict[str, Any], i
         state = "flowing" if time.time_ns() - newest < silence_ms * 1_000_000 else "silent"
     full = (written - ring.extracted) / ring.records
     return {"state": state, "ring_used": round(full, 4)}, int(extract_state(ring)["highest_iteration"])
+
+
+def is_live(out: Path) -> bool:
+    """Return whether a run writes to a checkpoint directory now."""
+    try:
+        lock = os.open(scratch_folder(out), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def status(out: Path) -> dict[str, Any]:

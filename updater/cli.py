@@ -30,13 +30,26 @@ __all__ = ["main"]
     metavar="DEVARGS",
     help="Copy the state into a snapshot's staging buffer with this DMA engine; several share the work.",
 )
+@click.option(
+    "--bases",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder in which full states of the trainer appear as state-NNNNNN.pt: the way on after a loss.",
+)
 @wait_option
 @busy_option
 @json_option
 @version_option
 @debug_option
 def main(
-    plan: Path, slots_path: Path, out: Path, dma: tuple[str, ...], patience_s: float, busy: bool, as_json: bool
+    plan: Path,
+    slots_path: Path,
+    out: Path,
+    dma: tuple[str, ...],
+    bases: tuple[Path, ...],
+    patience_s: float,
+    busy: bool,
+    as_json: bool,
 ) -> None:
     """Commit decided iterations to a checkpoint directory and step the training state.
 
@@ -59,7 +72,7 @@ def main(
         wait_for(slots_path, lambda: SlotFile.open(slots_path, identity), patience_s) as slots,
         closing(CopyEngine(dma)) as engine,
     ):
-        updater = Updater(job, slots, out, plan_folder=plan.parent, engine=engine)
+        updater = Updater(job, slots, out, plan_folder=plan.parent, engine=engine, bases=bases)
         with closing(updater):
             privileges.drop()
             run(updater, busy=busy)

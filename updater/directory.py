@@ -27,25 +27,30 @@ def bucket_views(slot: np.ndarray, revision: Revision) -> list[np.ndarray]:
     return [slot[begin:end] for begin, end in revision.slot_ranges]
 
 
-def states(index: Iterable[Entry], base: int | None, *, has_model: bool) -> Iterator[tuple[Entry, str]]:
-    """Yield each logged iteration with its state; `base` is the iteration of the first snapshot, None without one.
+def states(index: Iterable[Entry], snapshots: list[int], *, has_model: bool) -> Iterator[tuple[Entry, str]]:
+    """Yield each logged iteration with its state, given the iterations of which there are snapshots, ascending.
 
-    What the wire brings as iteration 0 is the initial state, and no iteration of its own: it is left out.
+    A snapshot that the log does not lead to is a base: what was whole before it and never committed is superseded, what
+    follows it is committed. What the wire brings as iteration 0 is the initial state, and no iteration of its own: it is
+    left out.
     """
-    reached = base
+    bases = iter(snapshots)
+    reached, base = None, next(bases, None)
     for entry in index:
         iteration = entry.header.iteration
         if iteration == 0:
             continue
+        while base is not None and base < iteration:
+            reached, base = base if reached is None else max(reached, base), next(bases, None)
         if entry.header.kind != GRADIENT:
             yield entry, "incomplete"
         elif not has_model:
             yield entry, "whole"
-        elif reached is not None and iteration <= reached + 1:
-            reached = max(reached, iteration)
+        elif reached is not None and iteration == reached + 1:
+            reached = iteration
             yield entry, "committed"
         else:
-            yield entry, "waiting"
+            yield entry, "waiting" if base is None else "superseded"
 
 
 class Directory:
@@ -70,10 +75,9 @@ class Directory:
     @cached_property
     def entries(self) -> dict[int, tuple[Entry, str]]:
         """Each logged iteration from 1 on: its record and its state."""
-        snapshots = self.manifest.snapshots
-        base = snapshots[0] if snapshots else None
         index = read_index(self.path / LOG_FOLDER, self.manifest.identity)
-        return {e.header.iteration: (e, state) for e, state in states(index, base, has_model=self.manifest.has_model)}
+        listed = states(index, self.manifest.snapshots, has_model=self.manifest.has_model)
+        return {entry.header.iteration: (entry, state) for entry, state in listed}
 
     @property
     def restorable(self) -> list[int]:

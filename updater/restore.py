@@ -79,20 +79,22 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
 
 
 def states_after(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (iteration, {"model", "optimizer"}) for every committed iteration, stepped on from the first snapshot.
+    """Yield (iteration, {"model", "optimizer"}) for every committed iteration, stepped on from the first snapshot and each base.
 
     What is yielded is stepped on when the next is asked for. Errors are those of `restore_state`.
     """
     directory = Directory(path)
     snapshots = directory.manifest.snapshots
-    if not snapshots:
-        return
-    first = load_snapshot(directory.manifest, snapshots[0])
-    model = ModelState(directory.plan)
-    model.load_model(first.model, str(path))
-    model.load_optimizer(first.optimizer, str(path))
-    for iteration in replay(directory.plan, model, directory.entries.values(), first.iteration):
-        yield iteration, {"model": model.model, "optimizer": model.optimizer.state_dict()}
+    while snapshots:
+        reached = snapshots[0]
+        first = load_snapshot(directory.manifest, reached)
+        model = ModelState(directory.plan)
+        model.load_model(first.model, str(path))
+        model.load_optimizer(first.optimizer, str(path))
+        for reached in replay(directory.plan, model, directory.entries.values(), snapshots[0]):
+            yield reached, {"model": model.model, "optimizer": model.optimizer.state_dict()}
+        # What the log does not lead to is a base, from which it goes on.
+        snapshots = [iteration for iteration in snapshots if iteration > reached]
 
 
 def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from updater.snapshot import State, read_state, write_state
 if TYPE_CHECKING:
     from flowcheck._copy import CopyEngine
 
+    from updater.base import Base
+
 __all__ = ["Shadow", "load_snapshot", "replay"]
 
 
@@ -71,8 +73,8 @@ class Shadow:
             self._model.load_model(state.model, origin)
             self._model.load_optimizer(state.optimizer, origin)
             self.reached = snapshots[-1]
-            for iteration in replay(plan, self._model, states(index, snapshots[0], has_model=True), self.reached):
-                self.reached = iteration
+            for _ in self.catch_up(index):
+                pass
 
     def begin_from_broadcast(self, content: np.ndarray) -> None:
         """Take the initial state that the job broadcast; published as snapshot 0 when this returns.
@@ -84,6 +86,8 @@ class Shadow:
             self._model.load_broadcast(content)
             self._begin()
             return
+        if 0 not in self._manifest.snapshots:
+            return  # the shadow has begun from a base
         first = load_snapshot(self._manifest, 0)
         for key, offset in self.plan.initial_offsets.items():
             known = bytes_of(first.model[key])
@@ -127,6 +131,18 @@ class Shadow:
         self._model.step(slot, revision)
         self.reached = iteration
         return True
+
+    def catch_up(self, index: Iterable[Entry]) -> Iterator[int]:
+        """Step through what the log holds of the iterations after the reached one; yields each when it is done."""
+        listed = states(index, self._manifest.snapshots, has_model=True)
+        for iteration in replay(self.plan, self._model, listed, self.reached):
+            self.reached = iteration
+            yield iteration
+
+    def rebase(self, base: Base) -> None:
+        """Go on from a base; published as a snapshot when this returns."""
+        self._model, self.reached = base.state, base.iteration
+        self.snapshot()
 
     def snapshot(self) -> None:
         """Publish the state as it is, unless it is published already; a shadow without a state has nothing to publish."""

@@ -7,15 +7,18 @@ a slot is given back only when its iteration is in the log, and the state is reb
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from flowcheck._copy import CopyEngine
 
-from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 from flowcheck.layout import mirrored_ranges
 from flowcheck.plan import Plan
 from updater import log_format
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Slots", "Updater"]
 
+_log = logging.getLogger(__name__)
+#: Name of a base in a folder that is watched, and seconds between two looks.
+BASE_NAME = re.compile(r"state-(\d{6,12})\.pt")
+_LOOK_S = 0.2
 #: fc_slot.state and fc_slot.reason (flowcheck/_formats.pxd).
 _SLOT_WHOLE = 2
 _REASONS = {1: "missing", 2: "conflict", 3: "end_of_stream"}
@@ -73,6 +80,7 @@ class Updater:
         plan_folder: str | Path = ".",
         engine: CopyEngine | None = None,
         segment_bytes: int = SEGMENT_BYTES,
+        bases: Sequence[Path] = (),
     ) -> None:
         """Open or begin the directory, repair what a crash left, and rebuild the state.
 
@@ -83,6 +91,7 @@ class Updater:
             plan_folder: what a relative path of the initial state starts from.
             engine: copies the state into a snapshot's staging buffer; the CPU if none is given.
             segment_bytes: a segment of the log that has grown to this is closed.
+            bases: folders in which full states of the trainer appear, `state-NNNNNN.pt`: the way on after a loss.
 
         Raises:
             ConfigError: the directory is another run's, or another process has it, or the plan cannot be stepped.
@@ -93,7 +102,9 @@ class Updater:
         self._log: LogWriter | None = None
         self._shadow: Shadow | None = None
         self._next: int | None = None
-        self._counters = dict.fromkeys(("whole", "incomplete", "applied"), 0)
+        self._counters = dict.fromkeys(("whole", "incomplete", "applied", "bases"), 0)
+        self._bases, self._refused, self._looked = tuple(bases), set[Path](), 0.0
+        self._catching_up: Iterator[int] | None = None
         with io_errors("make", self.folder):
             for folder in (self.folder, self.folder / LOG_FOLDER, self.folder / SNAPSHOT_FOLDER):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,14 +201,14 @@ class Updater:
         return self._shadow is None or self._shadow.reached is not None or 0 in self._prior
 
     def poll(self) -> int:
-        """Take one decided iteration; returns 1, or 0 if none is waiting.
+        """Take one decided iteration, or step one that the log holds; returns 1, or 0 if there is nothing to do.
 
         Raises:
             CheckpointError: the slot contradicts what the log holds of the same iteration.
             FlowCheckError: the disk refused; what was committed stays.
         """
         if self._next >= self.slots.settled_next:
-            return 0
+            return self._catch_up()
         record = self.slots.slot(self._next)
         if int(record["iteration"]) != self._next:
             raise CheckpointError(
@@ -212,6 +223,57 @@ class Updater:
         self.slots.consumed_next = self._next
         if self._log.open_segment != segment:
             self._publish_segments()
+        return 1
+
+    def _behind(self) -> bool:
+        """Whether the state is not that after the last iteration taken."""
+        if self._shadow is None:
+            return False
+        if self._shadow.reached is None:
+            return self._next > self.plan.first_iteration
+        return self._shadow.reached + 1 < self._next
+
+    def _catch_up(self) -> int:
+        """Step one iteration of the log that follows the state; look for a base where there is none."""
+        if not self._behind():
+            self._catching_up = None
+            return 0
+        if self._catching_up is not None:
+            if next(self._catching_up, None) is not None:
+                self._counters["applied"] += 1
+                return 1
+            self._catching_up = None
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return 0
+        self._looked = now
+        return self._rebase()
+
+    def _rebase(self) -> int:
+        """Go on from the earliest base that is further than the state; 0 if there is none."""
+        reached = -1 if self._shadow.reached is None else self._shadow.reached
+        found = [
+            (int(match[1]), path)
+            for folder in self._bases
+            for path in (folder.iterdir() if folder.is_dir() else ())
+            if (match := BASE_NAME.fullmatch(path.name)) and int(match[1]) > reached and path not in self._refused
+        ]
+        if not found:
+            return 0
+        from updater.base import load_base  # torch is loaded only for a plan with a model
+
+        iteration, path = min(found)
+        try:
+            base = load_base(path, self.plan)
+            if base.iteration != iteration:
+                raise ConfigError(f"{path}: holds the state of iteration {base.iteration}, its name says {iteration}")
+        except FlowCheckError as error:
+            self._refused.add(path)
+            _log.warning("not taken as a base: %s", error)
+            return 0
+        self._shadow.rebase(base)
+        self._counters["bases"] += 1
+        self._catching_up = self._shadow.catch_up(read_index(self.folder / LOG_FOLDER, self._identity))
         return 1
 
     def _take_initial(self, whole: bool, record: np.void) -> None:
@@ -270,7 +332,7 @@ class Updater:
     @property
     def finished(self) -> bool:
         """Whether no iteration follows those that were taken."""
-        return bool(self.slots.ended) and self._next >= self.slots.settled_next
+        return bool(self.slots.ended) and self._next >= self.slots.settled_next and self._catching_up is None
 
     def counters(self) -> dict[str, int]:
         """Return what this process did: iterations by outcome, bytes logged, bytes that a DMA engine copied."""

@@ -126,25 +126,30 @@ def _replay(result: Verification, directory: Directory) -> None:
 
     manifest, plan = directory.manifest, directory.plan
     snapshots = manifest.snapshots
-    first = load_snapshot(manifest, snapshots[0])
-    result.proved_to = snapshots[0]
-    if first.arithmetic != arithmetic.current().model_dump():
-        return
-    model = ModelState(plan)
-    model.load_model(first.model, manifest.snapshot_name(snapshots[0]))
-    model.load_optimizer(first.optimizer, manifest.snapshot_name(snapshots[0]))
-    for reached in replay(plan, model, directory.entries.values(), snapshots[0]):
-        if reached not in snapshots:
-            continue
-        name = manifest.snapshot_name(reached)
-        kept = load_snapshot(manifest, reached)
-        if kept.arithmetic != first.arithmetic:
+    while snapshots:
+        first = load_snapshot(manifest, snapshots[0])
+        result.proved_to = snapshots[0]
+        if first.arithmetic != arithmetic.current().model_dump():
             return
-        found = differences((model.model, model.optimizer.state_dict()), (kept.model, kept.optimizer))
-        if found:
-            what = (
-                f"{name}: the log replayed over snapshot {snapshots[0]} gives other bits, first in {found[0]['name']!r}"
-            )
-            result.problems.append((name, DifferenceError(what)))
-            return
-        result.proved_to = reached
+        model = ModelState(plan)
+        model.load_model(first.model, manifest.snapshot_name(snapshots[0]))
+        model.load_optimizer(first.optimizer, manifest.snapshot_name(snapshots[0]))
+        last = snapshots[0]
+        for last in replay(plan, model, directory.entries.values(), snapshots[0]):
+            if last not in snapshots:
+                continue
+            name = manifest.snapshot_name(last)
+            kept = load_snapshot(manifest, last)
+            if kept.arithmetic != first.arithmetic:
+                return
+            found = differences((model.model, model.optimizer.state_dict()), (kept.model, kept.optimizer))
+            if found:
+                what = (
+                    f"{name}: the log replayed over snapshot {snapshots[0]} gives other bits, "
+                    f"first in {found[0]['name']!r}"
+                )
+                result.problems.append((name, DifferenceError(what)))
+                return
+            result.proved_to = last
+        # What the log does not lead to is a base, from which it goes on.
+        snapshots = [iteration for iteration in snapshots if iteration > last]

@@ -201,6 +201,13 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
     show_default=True,
     help="What is kept of every iteration to hold checkpoints against.",
 )
+@click.option(
+    "--full-state-every",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Save the whole state after every so many iterations, for the shadow to go on from after a loss; 0: never.",
+)
 @debug_option
 def train(
     mtu: str, ip: str, network_path: Path | None, mirror: tuple[int, ...], shadow_s: float, **options: Any

@@ -50,6 +50,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_FULL_STATES_KEPT = 3
 #: What a live job's folder holds before it trains.
 _OF_A_LIVE_JOB = {"plan.json", "shadow.json"}
 
@@ -86,6 +87,8 @@ class Recording:
     #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
     truth: Literal["states", "digests", "none"] = "states"
     steps: bool = False
+    #: A full state goes into `states` after every so many iterations; 0: none does.
+    full_state_every: int = 0
 
     def layout(self) -> plans.Layout:
         """Return the library's layout; ConfigError if the version cannot have the options.
@@ -216,6 +219,12 @@ class _Rank:
                 recording.out / "steps.jsonl", "a", opener=lambda path, flags: os.open(path, flags, 0o600)
             ) as file:
                 file.write(json.dumps(row) + "\n")
+        if recording.full_state_every and iteration % recording.full_state_every == 0:
+            folder = recording.out / "states"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / f"state-{iteration:06}.pt", lambda path: torch.save(state, path))
+            for old in sorted(folder.glob("state-*.pt"))[:-_FULL_STATES_KEPT]:
+                old.unlink()
         if recording.truth == "states":
             truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
             _write(truth, lambda path: torch.save(state, path))

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""Bases: full states of the trainer from which a shadow goes on that has lost an iteration.
+
+A base is a torch file with "model", "optimizer" and "iteration", the state after that iteration; a trainer's own
+occasional save is one. What the log holds of later iterations is then stepped from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowcheck.errors import CheckpointError, ConfigError, DifferenceError
+from flowcheck.plan import Plan
+from updater.model_state import ModelState
+
+__all__ = ["Base", "base_name", "load_base", "offer", "rebase"]
+
+
+def base_name(iteration: int) -> str:
+    """Return the name under which a base is offered (`updater.updater.BASE_NAME`)."""
+    return f"state-{iteration:06}.pt"
+
+
+@dataclass
+class Base:
+    """A full state that fits the plan, and the iteration that it is the state after."""
+
+    iteration: int
+    state: ModelState
+
+
+def load_base(path: Path, plan: Plan) -> Base:
+    """Return the base in a torch file; nothing is unpickled.
+
+    Raises:
+        ConfigError: it is no full state, or not one of this plan.
+        CheckpointError: it cannot be read as a torch file.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the state: {error.strerror or error}") from error
+    except Exception as error:  # torch raises whatever its unpickler meets
+        first = (str(error) or "empty").splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read as a torch file: {first}", str(path)) from error
+    _check(path, found)
+    state = ModelState(plan)
+    try:
+        state.load_model(found["model"], str(path))
+        state.load_optimizer(found["optimizer"], str(path))
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; expected a state of this job") from error
+    return Base(found["iteration"], state)
+
+
+def _check(path: Path, found: Any) -> None:
+    if not isinstance(found, dict) or not {"model", "optimizer", "iteration"} <= set(found):
+        raise ConfigError(f"{path}: expected a dictionary with 'model', 'optimizer' and 'iteration'")
+    if type(found["iteration"]) is not int or not 0 <= found["iteration"] < 2**32:
+        raise ConfigError(f"{path}: 'iteration' is {found['iteration']!r}, expected the number of an iteration")
+    if not isinstance(found["model"], dict) or not isinstance(found["optimizer"], dict):
+        raise ConfigError(f"{path}: 'model' and 'optimizer' are not what state_dict() gives")
+
+
+def rebase(folder: Path, path: Path) -> tuple[int, int]:
+    """Take a full state as the new base of a checkpoint directory that nobody writes; return (base, committed up to).
+
+    Raises:
+        ConfigError: another process writes to the directory, or the state does not fit its plan.
+        CheckpointError: directory or state are corrupt.
+        DifferenceError: that iteration is committed already, and with other bits.
+    """
+    from flowcheck._copy import CopyEngine
+
+    from updater.directory import Directory
+    from updater.durable import lock_directory
+    from updater.log_reader import read_index
+    from updater.manifest import LOG_FOLDER
+    from updater.restore import restore_state
+    from updater.shadow import Shadow
+    from updater.state_difference import differences
+
+    directory = Directory(folder)
+    lock = lock_directory(folder)
+    try:
+        if not directory.manifest.has_model:
+            raise ConfigError(f"{folder}: its plan has no model, so there is no state to go on from")
+        base = load_base(path, directory.plan)
+        if base.iteration in directory.restorable:
+            ours = restore_state(folder, base.iteration)
+            found = differences((ours.model, ours.optimizer), (base.state.model, base.state.optimizer.state_dict()))
+            if found:
+                raise DifferenceError(
+                    f"{folder}: iteration {base.iteration} is committed with other bits than {path} has, first in "
+                    f"{found[0]['name']!r}; verify both"
+                )
+        log = folder / LOG_FOLDER
+        identity = directory.manifest.identity
+        shadow = Shadow(directory.plan, directory.manifest, read_index(log, identity), CopyEngine())
+        shadow.rebase(base)
+        for _ in shadow.catch_up(read_index(log, identity)):
+            pass
+        shadow.snapshot()
+        return base.iteration, shadow.reached
+    finally:
+        os.close(lock)
+
+
+def offer(folder: Path, inbox: Path, path: Path, patience_s: float = 60.0) -> bool:
+    """Put a full state where a live updater of a directory looks for bases; True once it has been taken or passed.
+
+    Raises:
+        ConfigError, CheckpointError: the state is none of this job's.
+    """
+    from updater.directory import Directory
+
+    iteration = load_base(path, Directory(folder).plan).iteration
+    inbox.mkdir(mode=0o700, exist_ok=True)
+    temporary = inbox / f".{base_name(iteration)}"
+    shutil.copyfile(path, temporary)
+    temporary.chmod(0o600)
+    temporary.rename(inbox / base_name(iteration))
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        directory = Directory(folder)
+        committed = [i for i, (_, state) in directory.entries.items() if state == "committed"]
+        if iteration in directory.manifest.snapshots or (committed and committed[-1] >= iteration):
+            return True
+        time.sleep(0.2)
+    return False
