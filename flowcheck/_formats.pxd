@@ -110,6 +110,13 @@ cdef struct fc_dump_state:
     uint64_t engine_failed      # copies that failed there and were done again by the CPU
     uint64_t interface_base     # a kernel interface's own count when the ring began, plus 1; 0: not such a port
 
+# What the parser's state begins with; what follows is its own.
+cdef struct fc_parse_counts:
+    uint64_t parsed
+    uint64_t verdicts[16]       # per verdict (FC_VERDICTS used)
+    uint64_t results[16]        # of the decoder
+    uint64_t reasons[16]        # of unsynchronised packets
+
 cdef struct fc_extract_state:
     uint64_t extracted
     uint64_t counters[16]       # per final verdict (FC_VERDICTS used)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Offsets and sizes of the C structs, for the test that holds them against numpy and the documents."""
 
-from flowcheck._formats cimport fc_extract_state, fc_dump_state, fc_identity, fc_record, fc_ring_header, fc_row, fc_segment, fc_slot, fc_slots_header
+from flowcheck._formats cimport fc_extract_state, fc_dump_state, fc_parse_counts, fc_identity, fc_record, fc_ring_header, fc_row, fc_segment, fc_slot, fc_slots_header
 
 cdef fc_record record
 cdef fc_ring_header ring
@@ -12,6 +12,7 @@ cdef fc_segment segment
 cdef fc_identity identity
 cdef fc_dump_state dump
 cdef fc_extract_state extract
+cdef fc_parse_counts counts
 
 
 def layout() -> dict:
@@ -67,5 +68,6 @@ def layout() -> dict:
             "attempt": <char *> &identity.attempt - <char *> &identity,
         }),
         "DUMP_STATE": (sizeof(fc_dump_state), {"engine_failed": <char *> &dump.engine_failed - <char *> &dump}),
+        "PARSE_COUNTS": (sizeof(fc_parse_counts), {"reasons": <char *> &counts.reasons - <char *> &counts}),
         "EXTRACT_STATE": (sizeof(fc_extract_state), {"settled": <char *> &extract.settled - <char *> &extract}),
     }

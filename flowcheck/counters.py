@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, RING_HEADER
+from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, PARSE_COUNTS, RING_HEADER
 from flowcheck.ring import PacketRing
 from flowcheck.verdicts import COUNTERS, VERDICTS
 
-__all__ = ["dump_state", "extract_state", "packet_counters"]
+__all__ = ["dump_state", "extract_state", "packet_counters", "parse_counts"]
 
 
 def _published(ring: PacketRing, stage: str, dtype: np.dtype) -> np.void:
@@ -34,6 +34,11 @@ def _published(ring: PacketRing, stage: str, dtype: np.dtype) -> np.void:
 def dump_state(ring: PacketRing) -> np.void:
     """Return the dump's newest state, a record of DUMP_STATE."""
     return _published(ring, "dump", DUMP_STATE)
+
+
+def parse_counts(ring: PacketRing) -> np.void:
+    """Return the parser's newest counters, a record of PARSE_COUNTS."""
+    return _published(ring, "parse", PARSE_COUNTS)
 
 
 def extract_state(ring: PacketRing) -> np.void:

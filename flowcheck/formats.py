@@ -12,6 +12,7 @@ __all__ = [
     "DUMP_STATE",
     "EXTRACT_STATE",
     "IDENTITY",
+    "PARSE_COUNTS",
     "RECORD",
     "RING_HEADER",
     "RING_MAGIC",
@@ -98,6 +99,15 @@ DUMP_STATE = np.dtype(
         ("engine_bytes", "<u8"),
         ("engine_failed", "<u8"),
         ("interface_base", "<u8"),
+    ]
+)
+
+PARSE_COUNTS = np.dtype(
+    [
+        ("parsed", "<u8"),
+        ("verdicts", "<u8", 16),
+        ("results", "<u8", 16),
+        ("reasons", "<u8", 16),
     ]
 )
 

@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from flowcheck import plan as plans
-from flowcheck.counters import packet_counters
+from flowcheck.counters import extract_state, packet_counters, parse_counts
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.files import write_private
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
 from flowcheck.stage import READY_VARIABLE
+from flowcheck.verdicts import VERDICTS
 
 __all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INBOX", "Supervisor", "is_live", "scratch_folder", "status"]
 
@@ -136,6 +137,7 @@ class Supervisor:
     say: Callable[[str], None] = lambda line: None
     _children: list[_Child] = field(default_factory=list)
     _stopping: bool = False
+    _complained: set[str] = field(default_factory=set)
 
     def run(self) -> dict[str, Any]:
         """Run until SIGINT or SIGTERM, then until everything captured is drained; return the last status.
@@ -241,7 +243,21 @@ class Supervisor:
                 shown = now
                 write_private(scratch / _STATUS, json.dumps(document).encode())
                 self.show(document)
+                self._complain(document)
             time.sleep(_LOOK_S)
+
+    def _complain(self, document: dict[str, Any]) -> None:
+        """Say once of each stream that it shows nothing of the job where the plan says."""
+        for stream in document["streams"]:
+            if stream["state"] not in ("foreign", "unsynchronised") or stream["name"] in self._complained:
+                continue
+            self._complained.add(stream["name"])
+            if stream["state"] == "foreign":
+                what = "no packet is of a connection of the plan: another job, or wrong addresses or queue pairs"
+            else:
+                reasons = ", ".join(f"{name} {count}" for name, count in stream["reasons"].items())
+                what = f"no packet is where the plan says; what contradicts it: {reasons} (flowcheck inspect shows the wire)"
+            self.say(f"stream {stream['name']}: {what}")
 
     def _stop_dumps(self) -> None:
         for child in self._children:
@@ -338,18 +354,27 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
 
 
 def _stream_status(ring: PacketRing, silence_ms: int) -> tuple[dict[str, Any], int]:
-    """Return a stream's state and how full its ring is, and the highest iteration that it has shown."""
-    from flowcheck.counters import extract_state
+    """Return a stream's state, why packets of it have no place, how full its ring is; and the highest iteration it has shown."""
+    from packet_parser.reasons import REASONS
 
-    written = ring.written
-    state = "waiting"
+    written, counts = ring.written, parse_counts(ring)
+    verdicts = dict(zip(VERDICTS, map(int, counts["verdicts"]), strict=False))
+    reasons = {name: int(count) for name, count in zip(REASONS, counts["reasons"], strict=False) if count}
+    ours = sum(verdicts[name] for name in ("placed", "partial_sum", "initial_state", "other_collective"))
     if ring.ended:
         state = "ended"
-    elif written:
+    elif not written:
+        state = "waiting"
+    elif not verdicts["placed"] and verdicts["unsynchronised"] > ours:  # an empty message fits in many places
+        state = "unsynchronised"
+    elif not ours and verdicts["foreign"]:
+        state = "foreign"
+    else:
         newest = int(ring.record(written - 1)["timestamp_ns"][0])
         state = "flowing" if time.time_ns() - newest < silence_ms * 1_000_000 else "silent"
     full = (written - ring.extracted) / ring.records
-    return {"state": state, "ring_used": round(full, 4)}, int(extract_state(ring)["highest_iteration"])
+    highest = int(extract_state(ring)["highest_iteration"])
+    return {"state": state, "reasons": reasons, "ring_used": round(full, 4)}, highest
 
 
 def is_live(out: Path) -> bool:

@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from flowcheck._formats cimport (
     FC_BAD_ICRC, FC_CONTROL, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_NONE, FC_FOREIGN, FC_INITIAL_STATE, FC_LOAD_ACQUIRE,
-    FC_MALFORMED, FC_PLACED, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_publish, fc_record, fc_recover,
+    FC_MALFORMED, FC_PLACED, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_parse_counts, fc_publish, fc_record, fc_recover,
     fc_ring_header, fc_row, fc_segment)
 from flowcheck._wire cimport (
     FC_HAS_RETH, FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
@@ -45,10 +45,7 @@ cdef extern from *:
 
 # Published before the ring's `parsed` cursor; only the queue pairs in use are.
 cdef struct parse_state:
-    uint64_t parsed
-    uint64_t verdicts[16]
-    uint64_t results[16]        # of the decoder
-    uint64_t reasons[16]        # of unsynchronised packets
+    fc_parse_counts counts
     uint32_t queue_pairs
     uint32_t reserved
     fc_sync sync[MOST_QUEUE_PAIRS]
@@ -164,10 +161,10 @@ cdef class RingParser:
             if self.state.queue_pairs != queue_pairs:
                 raise RingFormatError(f"{self.ring.path}: was parsed with {self.state.queue_pairs} queue pairs, the "
                                       f"plan has {queue_pairs}: remove the ring and start again", str(self.ring.path))
-        if self.state.parsed > written or written - self.state.parsed > self.mask + 1:
-            raise RingFormatError(f"{self.ring.path}: {self.state.parsed} records parsed of {written} written cannot be "
+        if self.state.counts.parsed > written or written - self.state.counts.parsed > self.mask + 1:
+            raise RingFormatError(f"{self.ring.path}: {self.state.counts.parsed} records parsed of {written} written cannot be "
                                   "in this ring: remove it and start again", str(self.ring.path))
-        FC_STORE_RELEASE(&self.header.parsed, self.state.parsed)
+        FC_STORE_RELEASE(&self.header.parsed, self.state.counts.parsed)
 
     cdef _add_program(self, program, mtu):
         cdef uint32_t first = self.state.queue_pairs
@@ -309,7 +306,7 @@ cdef class RingParser:
             if reason == FC_HOLD:
                 reason = FC_UNPROVED
         if reason != FC_PROVED:
-            self.state.reasons[reason] += 1
+            self.state.counts.reasons[reason] += 1
             return FC_UNSYNCHRONISED
         row = flow.place.row
         record.encoding = row.encoding if wire.payload_length else FC_ENCODING_NONE
@@ -346,7 +343,7 @@ cdef class RingParser:
         cdef fc_wire wire
         cdef flow_entry *entry
         cdef int result = fc_decode(frame, self._stored(record), &wire), verdict
-        self.state.results[result] += 1
+        self.state.counts.results[result] += 1
         if result == FC_WIRE_NOT_ROCE:
             return FC_FOREIGN
         if result != FC_WIRE_OK:
@@ -368,12 +365,12 @@ cdef class RingParser:
             return self._take_credit(entry, &wire, frame + wire.payload_offset, record.timestamp_ns)
         if wire.has & FC_IS_RC and wire.has & FC_IS_REQUEST:
             verdict = self._place(entry, &wire, frame + wire.payload_offset, record, index, written)
-            self.state.results[result] -= verdict == HELD
+            self.state.counts.results[result] -= verdict == HELD
             return verdict
         return FC_CONTROL
 
     cdef uint32_t _burst(self, uint64_t written) noexcept nogil:
-        cdef uint64_t begin = self.state.parsed
+        cdef uint64_t begin = self.state.counts.parsed
         cdef uint64_t end = written if written - begin < BURST else begin + BURST
         cdef uint64_t index
         cdef uint8_t *ahead
@@ -403,8 +400,8 @@ cdef class RingParser:
                 end = index
                 break
             record.verdict = verdict
-            self.state.verdicts[verdict] += 1
-        self.state.parsed = end
+            self.state.counts.verdicts[verdict] += 1
+        self.state.counts.parsed = end
         fc_publish(self.block, self.header.parse_state_bytes, self.state, self.state_bytes)
         FC_STORE_RELEASE(&self.header.parsed, end)
         return <uint32_t> (end - begin)
@@ -416,10 +413,10 @@ cdef class RingParser:
         if self.header == NULL:
             return 0
         written = FC_LOAD_ACQUIRE(&self.header.written)
-        if written == self.state.parsed:
+        if written == self.state.counts.parsed:
             return 0
-        if written < self.state.parsed or written - self.state.parsed > self.mask + 1:
-            raise RingFormatError(f"{self.ring.path}: its written cursor is {written} after {self.state.parsed} parsed: "
+        if written < self.state.counts.parsed or written - self.state.counts.parsed > self.mask + 1:
+            raise RingFormatError(f"{self.ring.path}: its written cursor is {written} after {self.state.counts.parsed} parsed: "
                                   "another process writes the ring", str(self.ring.path))
         with nogil:
             done = self._burst(written)
@@ -430,7 +427,7 @@ cdef class RingParser:
         """Whether the dump has ended and every record is annotated."""
         if self.header == NULL:
             return True
-        return bool(FC_LOAD_ACQUIRE(&self.header.ended)) and FC_LOAD_ACQUIRE(&self.header.written) == self.state.parsed
+        return bool(FC_LOAD_ACQUIRE(&self.header.ended)) and FC_LOAD_ACQUIRE(&self.header.written) == self.state.counts.parsed
 
     def counters(self):
         """counters() -> dict: what was parsed since the ring was made, restarts included.
@@ -440,10 +437,10 @@ cdef class RingParser:
         """
         refused = {self.flows[i].connection for i in range(self.state.queue_pairs) if self.state.sync[i].refused}
         return {
-            "parsed": self.state.parsed,
-            "verdicts": {VERDICTS[i]: self.state.verdicts[i] for i in range(1, FC_VERDICTS)},
-            "malformed": {RESULTS[i]: self.state.results[i] for i in range(FC_WIRE_NOT_ROCE + 1, FC_WIRE_RESULTS)},
-            "unsynchronised": {REASONS[i]: self.state.reasons[i] for i in range(FC_REASONS)},
+            "parsed": self.state.counts.parsed,
+            "verdicts": {VERDICTS[i]: self.state.counts.verdicts[i] for i in range(1, FC_VERDICTS)},
+            "malformed": {RESULTS[i]: self.state.counts.results[i] for i in range(FC_WIRE_NOT_ROCE + 1, FC_WIRE_RESULTS)},
+            "unsynchronised": {REASONS[i]: self.state.counts.reasons[i] for i in range(FC_REASONS)},
             "refused": sorted(refused),
         }
 

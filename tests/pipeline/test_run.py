@@ -16,6 +16,7 @@ from flowcheck.supervisor import scratch_folder
 from tests import network
 from tests.pipeline.live import LiveJob, digests, states, until
 from tests.pipeline.test_live import capabilities
+from tests.workload_gen.ranks import spoiled_cable
 from updater.directory import Directory
 from updater.restore import restore
 from workload_gen.truth import digest
@@ -166,3 +167,73 @@ def test_a_stream_without_a_source_or_with_a_missing_one_is_refused(tmp_path):
     code, error = flowcheck("run", tmp_path / "plan.json", "--out", tmp_path / "out")
     assert code == 4 and "no interface 'fcnone'" in error
     assert not (tmp_path / "shadow.json").exists()
+
+
+def other_queue_pairs(shard):
+    for connection in shard["connections"]:
+        connection["proof"]["data"] = [number + 4096 for number in connection["proof"]["data"]]
+        connection["proof"]["credit"] = [number + 4096 for number in connection["proof"]["credit"]]
+
+
+def other_buckets(shard):
+    for revision in shard["revisions"]:
+        revision["buckets"] = [{"dtype": "float32", "elements": 1000}]
+        revision["before"] = []
+    shard["startup"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "words"),
+    [(other_queue_pairs, "foreign", "another job"), (other_buckets, "unsynchronised", "what contradicts it: ")],
+    ids=["another job", "another plan"],
+)
+def test_a_plan_that_is_not_the_wires_is_named_and_nothing_is_committed(tmp_path, change, state, words):
+    with LiveJob(tmp_path, ranks=2, iterations=20) as job:
+        trainer = job.train("--shadow", "60")
+        until(job.plan.exists, "the plan")
+        document = json.loads(job.plan.read_text())
+        for key in ("state", "initial_state", "optimizer", "arithmetic"):
+            del document[key]  # only what the wire shows is in question
+        for collective in document["shards"][0]["startup"]:
+            collective.pop("carries", None)
+        for revision in document["shards"][0]["revisions"]:
+            for bucket in revision["buckets"]:
+                del bucket["parameters"]
+        change(document["shards"][0])
+        job.plan.write_text(json.dumps(document))
+        shadow = job.shadow()
+        assert trainer.wait(120) == 0, trainer.stderr.read()
+        until(lambda: job.status()["streams"][0]["state"] == state, state)
+        report = job.status()
+        said = job.stop(shadow)
+        assert words in said, said
+        assert set(states(job.out)[0].values()) <= {"incomplete"}
+    packets = report["packets"]
+    assert packets["placed"] == 0 < packets[state]
+
+
+@pytest.mark.slow
+def test_loss_and_reordering_on_a_training_cable_change_nothing(tmp_path):
+    """The mirror shows every repetition too; the trainers' states are those of a job without losses."""
+    chance, held = random.Random(3), []
+
+    def spoil(frame, _):
+        throw = chance.random()
+        if throw < 0.002:
+            return []
+        if throw < 0.004:
+            held.append(frame)
+            return []
+        return [frame, *([held.pop()] if held else [])]
+
+    clean = tmp_path / "clean"
+    with LiveJob(tmp_path, iterations=15) as job:
+        trainer = job.train("--shadow", "0", out=clean)
+        assert trainer.wait(120) == 0, trainer.stderr.read()
+        with spoiled_cable(job.fabric, 2, spoil), spoiled_cable(job.fabric, 0, spoil):
+            trainer, shadow = job.train(), job.shadow()
+            assert trainer.wait(200) == 0, trainer.stderr.read()
+            job.stop(shadow)
+        check(job, 15)
+        rows = map(json.loads, (clean / "steps.jsonl").read_text().splitlines())
+        assert {row["iteration"]: row["digest"] for row in rows} == digests(job.out)
