@@ -13,8 +13,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
     FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
-    FC_INITIAL_STATE, FC_LATE, FC_LOAD_ACQUIRE, FC_PLACED, FC_REASON_CONFLICT, FC_REASON_END_OF_STREAM,
-    FC_REASON_MISSING, FC_REASON_NONE, FC_SLOT_FILLING, FC_SLOT_INCOMPLETE, FC_SLOT_WHOLE, FC_STORE_RELEASE,
+    FC_INITIAL_STATE, FC_LATE, FC_LOAD_ACQUIRE, FC_PARTIAL_SUM, FC_PLACED, FC_REASON_CONFLICT, FC_REASON_END_OF_STREAM,
+    FC_REASON_MISSING, FC_REASON_NONE, FC_SLOT_FILLING, FC_SLOT_INCOMPLETE, FC_SLOT_WHOLE, FC_STEP_RECORD, FC_STORE_RELEASE,
     FC_UNSYNCHRONISED, FC_VERDICT_NONE, FC_VERDICTS, fc_extract_state, fc_publish, fc_record, fc_recover,
     fc_ring_header, fc_slot, fc_slots_header,
 )
@@ -136,7 +136,8 @@ cdef bint _cover(const fc_record *record, window *where) noexcept nogil:
         if record.payload_length % 16 or record.wire_offset % 16:
             return False
         begin, end = record.wire_offset // 2, (<uint64_t> record.wire_offset + record.payload_length) // 2
-    elif record.encoding == FC_ENCODING_PLAIN and record.wire_offset < record.message_bytes:
+    elif record.encoding == FC_ENCODING_PLAIN and (
+            record.wire_offset < record.message_bytes or record.verdict == FC_STEP_RECORD):
         begin, end = record.wire_offset, <uint64_t> record.wire_offset + record.payload_length
     else:
         return False
@@ -343,6 +344,8 @@ cdef class ExtractLoop:
         if not _cover(record, &where):
             return FC_UNSYNCHRONISED
         if where.words == 0:
+            if verdict == FC_STEP_RECORD:
+                return FC_PARTIAL_SUM  # of the digests behind a record
             return FC_CONTROL  # what lies behind the message's data is whatever the sender's register held
         if record.iteration < self.header.settled_next:
             return record.decision if record.decision else (verdict if verdict == FC_INITIAL_STATE else FC_LATE)
@@ -545,7 +548,7 @@ cdef class ExtractLoop:
                 if record.iteration > ring.state.highest_iteration:
                     ring.state.highest_iteration = record.iteration
                 self._reach(ring, record)
-            if verdict == FC_PLACED or verdict == FC_INITIAL_STATE:
+            if verdict == FC_PLACED or verdict == FC_INITIAL_STATE or verdict == FC_STEP_RECORD:
                 verdict = self._place(ring, record)
                 if verdict == STALLED:
                     ring.stalled_at = record.iteration

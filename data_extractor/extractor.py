@@ -42,7 +42,7 @@ class Extractor:
             self._engine.register(memory)
         shown = [_bits(plan.shard.stream_connections(ring.stream)) for ring in rings]
         revisions = [
-            (revision.from_iteration, revision.slot_ranges, _bits(carried(plan, revision.from_iteration)))
+            (revision.from_iteration, plan.slot_pieces(revision), _bits(carried(plan, revision.from_iteration)))
             for revision in plan.shard.revisions
         ]
         self._loop = ExtractLoop(

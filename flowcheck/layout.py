@@ -17,7 +17,7 @@ import numpy as np
 
 from flowcheck import schedule
 from flowcheck.formats import ROW, SEGMENT
-from flowcheck.plan import DTYPE_BYTES, Collective, Layout, Plan, Revision
+from flowcheck.plan import DTYPE_BYTES, Collective, Connection, Layout, Plan, Revision
 from flowcheck.schedule import PROTOCOLS
 from flowcheck.verdicts import VERDICTS
 
@@ -163,13 +163,15 @@ class _Operation:
     settled_lag: int = 0
     iteration: int = 0  # within the segment's pass
     ends_iteration: bool = False
+    counted: np.ndarray | None = None  # data bytes of each message that count, where that is not all of them
 
     def rows(self, layout: Layout, steps: np.ndarray, first_message: int) -> np.ndarray:
         """Return a row per message, without what depends on the queue pair."""
         rows = np.zeros(len(self.messages), ROW)
         data = self.messages["elements"] * self.width
         rows["step"], rows["message"] = steps, first_message + np.arange(len(rows))
-        rows["message_bytes"], rows["message_wire_bytes"] = data, wire_bytes(layout, data)
+        rows["message_bytes"] = data if self.counted is None else self.counted
+        rows["message_wire_bytes"] = wire_bytes(layout, data)
         rows["destination"] = self.destination + self.messages["first"] * self.width
         final, partial = (_NUMBER[verdict] for verdict in self.verdicts)
         rows["verdict"] = np.where(self.messages["final"], final, partial)
@@ -244,17 +246,40 @@ def _collective(layout: Layout, edge: int, channel: int, op: Collective, destina
     return _Operation(op.op, messages, width, destination, (verdict, verdict))
 
 
-def _buckets(layout: Layout, edge: int, channel: int, revision: Revision) -> list[_Operation]:
-    """Return one iteration's all-reduces; the last that uses the connection ends the iteration on it."""
-    operations = []
-    for number, (bucket, offset) in enumerate(zip(revision.buckets, revision.bucket_offsets, strict=True)):
-        width = DTYPE_BYTES[bucket.dtype]
-        messages = schedule.all_reduce(layout, edge, channel, bucket.elements, width)
-        # Past an iteration is who has sent something of the next one after its first operation.
-        lag = 1 if number else 2
-        if len(messages):
-            operations.append(_Operation("all_reduce", messages, width, offset, ("placed", "partial_sum"), lag))
+def _iteration(plan: Plan, connection: Connection, revision: Revision) -> list[_Operation]:
+    """Return one iteration's all-reduces on a connection; the last that uses it ends the iteration there."""
+    layout, operations = plan.shard.layout, []
+    for reduction in range(1, revision.reductions + 1):
+        verdicts = ("placed", "partial_sum") if reduction == revision.reductions else ("other_collective",) * 2
+        for bucket, offset in zip(revision.buckets, revision.bucket_offsets, strict=True):
+            width = DTYPE_BYTES[bucket.dtype]
+            messages = schedule.all_reduce(layout, connection.edge, connection.channel, bucket.elements, width)
+            operations.append(_Operation("all_reduce", messages, width, offset, verdicts, 1))
+    if plan.record_form is not None:
+        operations.append(_record(plan, connection, revision))
+    # Past an iteration is who has sent something of the next one after its first operation.
+    operations[0] = replace(operations[0], settled_lag=2)
+    operations = [operation for operation in operations if len(operation.messages)]
     return operations[:-1] + [replace(operation, ends_iteration=True) for operation in operations[-1:]]
+
+
+def _record(plan: Plan, connection: Connection, revision: Revision) -> _Operation:
+    """Return the all-reduce of the step record.
+
+    A sum that lacks only the rank which gets it is the record already, unless that rank fills it: the others add zeros.
+    Not so for the digests behind it, to which every rank adds.
+    """
+    layout, form = plan.shard.layout, plan.record_form
+    messages = schedule.all_reduce(layout, connection.edge, connection.channel, form.elements, 4)
+    receiver = layout.ring[(connection.edge + 1) % len(layout.ring)]
+    counted = messages["elements"] * 4
+    if receiver != plan.shard.step_record.contributor:
+        early = schedule.last_partial_sums(layout, messages)
+        filled = np.clip(2 * form.words - messages["first"], 0, messages["elements"]) * 4
+        messages["final"] |= early & (filled > 0)
+        counted = np.where(early, filled, counted)
+    begin, _ = plan.record_range(revision)
+    return _Operation("all_reduce", messages, 4, begin, ("step_record", "partial_sum"), 1, counted=counted)
 
 
 def compile_programs(plan: Plan) -> list[Program]:
@@ -283,7 +308,7 @@ def _compile(plan: Plan, index: int) -> Program:
     for number, revision in enumerate(shard.revisions):
         first = revision.from_iteration
         table.add([_collective(*where, op, 0) for op in revision.before], first, 0, 1)
-        buckets = _buckets(*where, revision)
+        buckets = _iteration(plan, connection, revision)
         # Where messages take turns on the queue pairs, so many iterations pass until the same one begins again.
         messages = sum(len(operation.messages) for operation in buckets)
         turn = 1 if layout.splits else layout.queue_pairs // math.gcd(layout.queue_pairs, messages or 1)
@@ -322,7 +347,7 @@ def frames_per_iteration(plan: Plan, stream: str) -> int:
         count = 0
         for index in shown:
             connection = plan.shard.connections[index]
-            for operation in _buckets(plan.shard.layout, connection.edge, connection.channel, revision):
+            for operation in _iteration(plan, connection, revision):
                 wire = wire_bytes(plan.shard.layout, operation.messages["elements"] * operation.width)
                 # Per message a credit and its acknowledgement; per data packet, at worst, one of its own.
                 count += 2 * len(wire)
@@ -338,7 +363,9 @@ def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
     shown = sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)})
     for index in shown:
         connection = shard.connections[index]
-        for operation in _buckets(shard.layout, connection.edge, connection.channel, shard.revision(iteration)):
+        for operation in _iteration(plan, connection, shard.revision(iteration)):
+            if operation.verdicts[0] == "other_collective":
+                continue
             final = operation.messages[operation.messages["final"] & (operation.messages["elements"] > 0)]
             begin = operation.destination + final["first"] * operation.width
             ranges += zip(begin.tolist(), (begin + final["elements"] * operation.width).tolist(), strict=True)
@@ -351,7 +378,7 @@ def carried(plan: Plan, iteration: int) -> list[int]:
     for index, connection in enumerate(shard.connections):
         where = (shard.layout, connection.edge, connection.channel)
         if iteration:
-            operations = _buckets(*where, shard.revision(iteration))
+            operations = _iteration(plan, connection, shard.revision(iteration))
         else:
             operations = [_collective(*where, op, 0) for op in shard.startup if op.carries]
         if any(len(operation.messages) for operation in operations):

@@ -20,13 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flowcheck.errors import ConfigError
 from flowcheck.formats import IDENTITY
+from flowcheck.step_record import RecordForm
 
 __all__ = [
     "DTYPE_BYTES",
     "Arithmetic",
+    "Audit",
     "Bucket",
     "Collective",
     "Connection",
+    "ExtraState",
     "InitialState",
     "Layout",
     "Optimizer",
@@ -34,6 +37,7 @@ __all__ = [
     "Revision",
     "Shard",
     "StateEntry",
+    "StepRecord",
     "Stream",
     "load",
     "parse",
@@ -141,11 +145,13 @@ class Bucket(_Model):
 class Revision(_Model):
     """The tensors reduced in each iteration from `from_iteration` on.
 
-    `before` are collectives that run once, before that iteration's first bucket.
+    `before` are collectives that run once, before that iteration's first bucket. Where gradients are accumulated without
+    `no_sync`, every bucket is reduced `reductions` times an iteration; the last time counts.
     """
 
     from_iteration: Annotated[int, Field(ge=1, lt=2**32)]
     before: tuple[Collective, ...] = ()
+    reductions: Annotated[int, Field(ge=1, lt=2**16)] = 1
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)]
 
     @cached_property
@@ -337,12 +343,41 @@ class Stream(_Model):
         return [_address(text) for text in self.host]
 
 
+class ExtraState(_Model):
+    """Small state that is not on the wire otherwise and travels in the step record: a tensor of fixed size."""
+
+    name: Annotated[str, Field(min_length=1)]
+    dtype: DtypeName
+    shape: tuple[Count, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Audit(_Model):
+    """When records carry digests: at iterations 1, 2, 3 and every `every`; of how many groups of tensors."""
+
+    every: Annotated[int, Field(ge=1, lt=2**32)] = 100
+    groups: Annotated[int, Field(ge=1, le=256)] = 8
+
+
+class StepRecord(_Model):
+    """The small float32 all-reduce that ends each iteration (flowcheck/step_record.py): who fills it, with what beside."""
+
+    contributor: Count  # rank
+    extra: tuple[ExtraState, ...] = ()
+    audit: Audit = Audit()
+
+
 class Shard(_Model):
     """A part of the model that is reduced in a group of its own; a plain DDP job has one."""
 
     name: Annotated[str, Field(min_length=1, max_length=63)]
     startup: tuple[Collective, ...] = ()
     revisions: Annotated[tuple[Revision, ...], Field(min_length=1)]
+    step_record: StepRecord | None = None
     layout: Layout
     connections: Annotated[tuple[Connection, ...], Field(min_length=1, max_length=64)]
     streams: Annotated[tuple[Stream, ...], Field(min_length=1)]
@@ -355,6 +390,8 @@ class Shard(_Model):
                 f"revisions begin at iterations {firsts}: expected 1 first, then each later than the one before"
             )
         ranks, layout = len(self.layout.ring), self.layout
+        if self.step_record and self.step_record.contributor >= ranks:
+            raise ValueError(f"step_record.contributor is rank {self.step_record.contributor} of {ranks}")
         seen: dict[object, int] = {}
         for number, connection in enumerate(self.connections):
             if connection.edge >= ranks:
@@ -412,10 +449,13 @@ class Shard(_Model):
 
 
 class StateEntry(_Model):
-    """One key of the model's state_dict; keys that name the same parameter are tied."""
+    """One key of the model's state_dict; keys that name the same parameter are tied.
+
+    An `extra` one changes, and has the value that the step record brings under the name of its key.
+    """
 
     key: Annotated[str, Field(min_length=1)]
-    kind: Literal["parameter", "constant"]
+    kind: Literal["parameter", "constant", "extra"]
     dtype: DtypeName
     shape: tuple[Count, ...]
     parameter: str | None = None
@@ -451,10 +491,22 @@ class InitialState(_Model):
 
 
 class ParamGroup(_Model):
-    """One param group: its parameters in order, and its options by torch.optim's own names."""
+    """One param group: its parameters in order, and its options by torch.optim's own names.
+
+    Of those that are `varying` the step record brings the value of each step.
+    """
 
     parameters: Annotated[tuple[str, ...], Field(min_length=1)]
     options: dict[str, bool | int | float | tuple[float, ...] | None]
+    varying: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _varies(self) -> ParamGroup:
+        for name in self.varying:
+            value = self.options.get(name)
+            if not isinstance(value, (int, float, tuple)) or isinstance(value, bool):
+                raise ValueError(f"varying: {name!r} is {value!r} in options, expected a number or numbers")
+        return self
 
 
 class Optimizer(_Model):
@@ -484,6 +536,7 @@ class Plan(_Model):
     initial_state: InitialState | None = None
     optimizer: Optimizer | None = None
     arithmetic: Arithmetic | None = None
+    complete: bool = True
     slots: Annotated[int, Field(ge=3, le=64)] = 4
     silence_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 5000
 
@@ -507,7 +560,22 @@ class Plan(_Model):
             )
         if self.state:
             self._check_model()
+            self._check_extra()
         return self
+
+    def _check_extra(self) -> None:
+        record = self.shard.step_record
+        travels = {extra.name: extra for extra in record.extra} if record else {}
+        for entry in self.state:
+            if entry.kind == "extra":
+                found = travels.get(entry.key)
+                if found is None or (found.dtype, found.shape) != (entry.dtype, entry.shape):
+                    raise ValueError(
+                        f"state: {entry.key!r} is extra, but no step_record.extra brings it as it is there"
+                    )
+        for number, group in enumerate(self.optimizer.groups):
+            if group.varying and record is None:
+                raise ValueError(f"optimizer: groups[{number}].varying needs a step_record that brings the values")
 
     def _check_model(self) -> None:
         parameters: dict[str, StateEntry] = {}
@@ -612,9 +680,37 @@ class Plan(_Model):
         return self.initial_ranges[-1][1] if self.initial_ranges else 0
 
     @cached_property
+    def record_form(self) -> RecordForm | None:
+        """What the step record of each iteration looks like; None if the job has none."""
+        record = self.shard.step_record
+        if record is None:
+            return None
+        hyperparameters = [
+            (number, name, len(group.options[name]) if isinstance(group.options[name], tuple) else 0)
+            for number, group in enumerate(self.optimizer.groups if self.optimizer else ())
+            for name in group.varying
+        ]
+        extra = [(extra.name, extra.bytes) for extra in record.extra]
+        return RecordForm(
+            self.job.run_id, self.job.attempt, self.job.world_size, hyperparameters, extra, record.audit.groups
+        )
+
+    @cached_property
     def slot_bytes(self) -> int:
-        """Room that a gradient slot needs: that of the largest revision."""
-        return max(revision.slot_bytes for revision in self.shard.revisions)
+        """Room that a gradient slot needs: that of the largest revision, with its step record."""
+        return max(self.slot_pieces(revision)[-1][1] for revision in self.shard.revisions)
+
+    def record_range(self, revision: Revision) -> tuple[int, int] | None:
+        """Return where in a slot the step record lies, behind the buckets; None if the job has none."""
+        if self.record_form is None:
+            return None
+        begin = -(-revision.slot_bytes // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+        return begin, begin + 4 * self.record_form.elements
+
+    def slot_pieces(self, revision: Revision) -> list[tuple[int, int]]:
+        """Return the ranges of a slot that an iteration fills: buckets, and the step record if the job has one."""
+        record = self.record_range(revision)
+        return [*revision.slot_ranges, *([record] if record else [])]
 
     @property
     def first_iteration(self) -> int:
@@ -635,13 +731,17 @@ class Plan(_Model):
         document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
+    def digest(self) -> bytes:
+        """Return 16 bytes that stand for this very plan: the first half of the SHA-256 of `canonical`."""
+        return hashlib.sha256(self.canonical()).digest()[:16]
+
     def identity(self) -> bytes:
         """Return the 128 bytes of `fc_identity` that every file made from this plan repeats."""
         record = np.zeros((), IDENTITY)
         record["run_id"] = self.job.run_id.encode()
         if self.job.model_fingerprint:
             record["fingerprint"] = np.frombuffer(bytes.fromhex(self.job.model_fingerprint), np.uint8)
-        record["plan_digest"] = np.frombuffer(hashlib.sha256(self.canonical()).digest()[:16], np.uint8)
+        record["plan_digest"] = np.frombuffer(self.digest(), np.uint8)
         record["attempt"] = self.job.attempt
         record["world_size"] = self.job.world_size
         return record.tobytes()

@@ -18,7 +18,16 @@ import numpy as np
 
 from flowcheck.plan import Layout
 
-__all__ = ["MESSAGE", "PROTOCOLS", "Protocol", "all_gather", "all_reduce", "broadcast", "threads_and_channels"]
+__all__ = [
+    "MESSAGE",
+    "PROTOCOLS",
+    "Protocol",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "last_partial_sums",
+    "threads_and_channels",
+]
 
 #: One message: `elements` from `first` on (bytes for broadcast and all-gather), all their sums complete if `final`.
 MESSAGE = np.dtype([("first", "<i8"), ("elements", "<i8"), ("final", "?")])
@@ -238,6 +247,13 @@ def all_reduce(layout: Layout, edge: int, channel: int, count: int, width: int) 
     sends = np.arange(2 * (ranks - 1))
     first, elements = loops.chunks((edge - 1 - sends) % ranks)
     return _messages(layout, first, elements, width, sends >= ranks - 1)
+
+
+def last_partial_sums(layout: Layout, messages: np.ndarray) -> np.ndarray:
+    """Return which messages of an all-reduce carry sums of all ranks but the one that gets them."""
+    ranks = len(layout.ring)
+    sends = np.arange(len(messages)) // PROTOCOLS[layout.protocol].slices % (2 * (ranks - 1))
+    return sends == ranks - 2
 
 
 def broadcast(layout: Layout, edge: int, channel: int, data_bytes: int, root: int) -> np.ndarray:

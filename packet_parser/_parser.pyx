@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from flowcheck._formats cimport (
     FC_BAD_ICRC, FC_CONTROL, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_NONE, FC_FOREIGN, FC_INITIAL_STATE, FC_LOAD_ACQUIRE,
-    FC_MALFORMED, FC_PLACED, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_parse_counts, fc_publish, fc_record, fc_recover,
+    FC_MALFORMED, FC_PLACED, FC_STEP_RECORD, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_parse_counts, fc_publish, fc_record, fc_recover,
     fc_ring_header, fc_row, fc_segment)
 from flowcheck._wire cimport (
     FC_HAS_RETH, FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
@@ -326,7 +326,7 @@ cdef class RingParser:
         record.queue_pair = flow.queue_pair
         if flow.place.packet + 1 == sync.packets:
             record.last_pieces = row.last_pieces
-        if wire.payload_length == 0 and (row.verdict == FC_PLACED or row.verdict == FC_INITIAL_STATE):
+        if wire.payload_length == 0 and row.verdict in (FC_PLACED, FC_INITIAL_STATE, FC_STEP_RECORD):
             return FC_CONTROL  # a message, or the end of one, without a byte of its own
         return row.verdict
 

@@ -55,6 +55,7 @@ def load_base(path: Path, plan: Plan) -> Base:
     try:
         state.load_model(found["model"], str(path))
         state.load_optimizer(found["optimizer"], str(path))
+        state.load_extra(found.get("extra", {}), str(path))
     except CheckpointError as error:
         raise ConfigError(f"{error}; expected a state of this job") from error
     return Base(found["iteration"], state)

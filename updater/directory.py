@@ -15,11 +15,11 @@ import numpy as np
 from flowcheck import plan as plans
 from flowcheck.errors import CheckpointError, RestoreError
 from flowcheck.plan import Plan, Revision
-from updater.log_format import GRADIENT
-from updater.log_reader import Entry, read_index, read_payload
+from updater.log_format import ALARM, AUDITED, DECIDED, DIVERGED, GRADIENT
+from updater.log_reader import Entry, read_facts, read_index, read_payload
 from updater.manifest import LOG_FOLDER, PLAN_NAME, Manifest
 
-__all__ = ["Directory", "bucket_views", "states"]
+__all__ = ["Directory", "bucket_views", "payload_views", "record_of", "states"]
 
 
 def bucket_views(slot: np.ndarray, revision: Revision) -> list[np.ndarray]:
@@ -27,12 +27,23 @@ def bucket_views(slot: np.ndarray, revision: Revision) -> list[np.ndarray]:
     return [slot[begin:end] for begin, end in revision.slot_ranges]
 
 
+def payload_views(slot: np.ndarray, plan: Plan, revision: Revision) -> list[np.ndarray]:
+    """Return what the log keeps of an iteration, as views of its slot data: the buckets, then the step record if there is one."""
+    return [slot[begin:end] for begin, end in plan.slot_pieces(revision)]
+
+
+def record_of(slot: np.ndarray, plan: Plan, revision: Revision) -> np.ndarray | None:
+    """Return the step record in an iteration's slot data, float32, as a view; None if the job has none."""
+    place = plan.record_range(revision)
+    return None if place is None else slot[slice(*place)].view("<f4")
+
+
 def states(index: Iterable[Entry], snapshots: list[int], *, has_model: bool) -> Iterator[tuple[Entry, str]]:
     """Yield each logged iteration with its state, given the iterations of which there are snapshots, ascending.
 
     A snapshot that the log does not lead to is a base: what was whole before it and never committed is superseded, what
-    follows it is committed. What the wire brings as iteration 0 is the initial state, and no iteration of its own: it is
-    left out.
+    follows it is committed. Where an audit found that the state is no rank's, the same holds from there on. What the wire
+    brings as iteration 0 is the initial state, and no iteration of its own: it is left out.
     """
     bases = iter(snapshots)
     reached, base = None, next(bases, None)
@@ -42,6 +53,10 @@ def states(index: Iterable[Entry], snapshots: list[int], *, has_model: bool) -> 
             continue
         while base is not None and base < iteration:
             reached, base = base if reached is None else max(reached, base), next(bases, None)
+        if entry.header.kind == DIVERGED:
+            reached = None
+        if entry.header.kind not in DECIDED:
+            continue
         if entry.header.kind != GRADIENT:
             yield entry, "incomplete"
         elif not has_model:
@@ -79,6 +94,23 @@ class Directory:
         listed = states(index, self.manifest.snapshots, has_model=self.manifest.has_model)
         return {entry.header.iteration: (entry, state) for entry, state in listed}
 
+    @cached_property
+    def audits(self) -> tuple[int | None, list[dict]]:
+        """Up to which iteration the states were audited and found right, None if none was; and every alarm.
+
+        An alarm: `iteration` whose record showed it, `audited_to` before, `tensors` of the group, `rank` (None: all, or
+        several), and whether the `shadow` has another state than the trainers.
+        """
+        audited_to, alarms = None, []
+        for entry in read_index(self.path / LOG_FOLDER, self.manifest.identity):
+            if entry.header.kind in (ALARM, DIVERGED):
+                rows = read_facts(entry, self.manifest.identity)["alarms"]
+                known = {"iteration": entry.header.iteration, "audited_to": audited_to}
+                alarms += [{**known, **row, "shadow": entry.header.kind == DIVERGED} for row in rows]
+            if entry.header.kind in (AUDITED, ALARM):
+                audited_to = entry.header.iteration - 1
+        return audited_to, alarms
+
     @property
     def restorable(self) -> list[int]:
         """Iterations that a state can be restored of, ascending."""
@@ -100,8 +132,8 @@ class Directory:
                 f"{self.path}: the gradient of iteration {iteration} is {state}; {nearest(whole, iteration)}"
             )
         revision = self.plan.revision(iteration)
-        slot = np.zeros(revision.slot_bytes, np.uint8)
-        read_payload(entry, self.manifest.identity, bucket_views(slot, revision))
+        slot = np.zeros(self.plan.slot_bytes, np.uint8)
+        read_payload(entry, self.manifest.identity, payload_views(slot, self.plan, revision))
         return slot, revision
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from updater.directory import Directory
-from updater.log_reader import read_incomplete
+from updater.log_reader import read_facts
 
 __all__ = ["listing"]
 
@@ -15,10 +15,11 @@ def listing(path: str | Path) -> dict:
     """Return the document of `list --json`; CheckpointError if the directory is corrupt. A running updater is no hindrance."""
     directory = Directory(path)
     manifest = directory.manifest
+    audited_to, alarms = directory.audits
     iterations = []
     for iteration, (entry, state) in directory.entries.items():
         if state == "incomplete":
-            facts = read_incomplete(entry, manifest.identity)
+            facts = read_facts(entry, manifest.identity)
         else:
             size = entry.header.payload_bytes
             facts = {"bytes": size, "placed_bytes": size, "missing": [], "reason": None}
@@ -26,7 +27,8 @@ def listing(path: str | Path) -> dict:
     return {
         "run_id": manifest.run_id,
         "attempt": manifest.attempt,
-        "audited_to": None,
+        "audited_to": audited_to,
+        "alarms": alarms,
         "bit_exact": manifest.bit_exact,
         "iterations": iterations,
         "snapshots": manifest.snapshots,

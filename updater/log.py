@@ -48,7 +48,8 @@ class LogWriter:
                 self._recover(paths[-1])
         self.next_iteration: int | None = None
         for entry in read_index(folder, identity):
-            self.next_iteration = entry.header.iteration + 1
+            if entry.header.kind in form.DECIDED:
+                self.next_iteration = entry.header.iteration + 1
 
     @property
     def open_segment(self) -> str | None:
@@ -125,10 +126,10 @@ class LogWriter:
         self.written_bytes += written
         return checksum
 
-    def append_incomplete(self, attempt: int, iteration: int, revision: int, facts: dict) -> None:
-        """Append the record of an iteration that was declared incomplete; `facts` as `list` shows them."""
+    def append_facts(self, kind: int, attempt: int, iteration: int, revision: int, facts: dict) -> None:
+        """Append a record without a gradient: of an iteration that was declared incomplete, or of an audit."""
         payload = np.frombuffer(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode(), np.uint8)
-        self.append(form.INCOMPLETE, attempt, iteration, revision, [payload])
+        self.append(kind, attempt, iteration, revision, [payload])
 
     def close(self) -> str | None:
         """Sync and close the open segment, which will not change again; returns its name, None if none is open."""

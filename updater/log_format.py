@@ -16,8 +16,12 @@ import google_crc32c
 import numpy as np
 
 __all__ = [
+    "ALARM",
     "ALIGNMENT",
+    "AUDITED",
     "BLOCK_BYTES",
+    "DECIDED",
+    "DIVERGED",
     "GRADIENT",
     "INCOMPLETE",
     "MARK_OFFSET",
@@ -45,6 +49,10 @@ BLOCK_BYTES = 1 << 20
 
 GRADIENT = 1
 INCOMPLETE = 2
+#: The iterations' own records; the others are notes before the one of the same iteration.
+DECIDED = (GRADIENT, INCOMPLETE)
+#: What the audit of an iteration's record found of the state before it: that of every rank; of all but some; of none.
+AUDITED, ALARM, DIVERGED = 3, 4, 5
 
 # magic, version, header bytes, segment number, creation time in ns since the epoch, block bytes, reserved
 _SEGMENT = struct.Struct("<8sIIQQI24x")
@@ -135,7 +143,7 @@ class RecordHeader:
         if crc32c(header[: RECORD_HEADER_BYTES - 4]) != own:
             raise ValueError("checksum of the record header is wrong")
         magic, kind, attempt, iteration, revision, payload_bytes, time_ns = _RECORD.unpack_from(header)
-        if magic != RECORD_MAGIC or kind not in (GRADIENT, INCOMPLETE):
+        if magic != RECORD_MAGIC or kind not in (*DECIDED, AUDITED, ALARM, DIVERGED):
             raise ValueError(f"record of unknown kind {kind}")
         return cls(kind, attempt, iteration, revision, payload_bytes, time_ns, checksum)
 

@@ -20,7 +20,7 @@ from flowcheck.errors import CheckpointError
 from updater import log_format as form
 from updater.durable import io_errors
 
-__all__ = ["Entry", "Segment", "read_incomplete", "read_index", "read_payload", "segment_paths"]
+__all__ = ["Entry", "Segment", "read_facts", "read_index", "read_payload", "segment_paths"]
 
 _NAME = re.compile(r"(\d{6})\.fclog")
 #: A mark may be read while it is being written; a second look then finds it whole.
@@ -167,7 +167,7 @@ def read_index(folder: Path, identity: bytes) -> Iterator[Entry]:
                     what = f"the record at byte {entry.offset} is of iteration {iteration}, expected {expected or 1}"
                     raise CheckpointError(f"{path}: {what}; restore the file from a copy", str(path))
                 yield entry
-                expected = iteration + 1
+                expected = iteration + 1 if entry.header.kind in form.DECIDED else iteration
 
 
 def read_payload(entry: Entry, identity: bytes, parts: Sequence[np.ndarray]) -> None:
@@ -176,8 +176,8 @@ def read_payload(entry: Entry, identity: bytes, parts: Sequence[np.ndarray]) -> 
         segment.payload(entry, parts)
 
 
-def read_incomplete(entry: Entry, identity: bytes) -> dict:
-    """Return what a record of an incomplete iteration says: bytes, placed_bytes, missing, reason."""
+def read_facts(entry: Entry, identity: bytes) -> dict:
+    """Return what a record without a gradient says: of an incomplete iteration, or of an audit."""
     payload = np.empty(entry.header.payload_bytes, np.uint8)
     read_payload(entry, identity, [payload])
     return json.loads(payload.tobytes())

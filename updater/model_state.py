@@ -7,11 +7,19 @@ computes. State is on the CPU.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.plan import DTYPE_BYTES, Plan, Revision
+from flowcheck.step_record import Step
+
+if TYPE_CHECKING:
+    from updater.snapshot import State
 
 __all__ = ["ModelState", "bytes_of", "torch_dtype"]
 
@@ -49,6 +57,13 @@ class ModelState:
                     tensor, requires_grad=tensor.is_floating_point()
                 )
             self.model[entry.key] = tensor
+        record = plan.shard.step_record
+        #: Extra state that is no key of the model; after every step as its record brings it.
+        self.extra = {
+            entry.name: torch.zeros(entry.shape, dtype=torch_dtype(entry.dtype))
+            for entry in (record.extra if record else ())
+            if entry.name not in self.model
+        }
         self.optimizer = self._make_optimizer()
         # torch's foreach forms change gradients in place (SGD with nesterov): they must not do so in a slot.
         self._copies_gradients = plan.optimizer.form == "foreach"
@@ -73,6 +88,12 @@ class ModelState:
             return kind(groups, **form)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"plan: optimizer: torch.optim.{chosen.class_name} refuses it: {error}") from error
+
+    @property
+    def audited(self) -> dict[str, torch.Tensor]:
+        """The tensors that an audit digests, by the names of `flowcheck.audit.group_names`."""
+        constants = {entry.key: self.model[entry.key] for entry in self.plan.state if entry.kind == "constant"}
+        return {**constants, **self._parameters}
 
     @property
     def bytes(self) -> int:
@@ -109,23 +130,83 @@ class ModelState:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{origin}: the optimizer's state does not fit the plan: {error}", origin) from error
 
-    def step(self, slot: np.ndarray, revision: Revision) -> None:
+    def load_state(self, state: State, origin: str) -> None:
+        """Take all of a training state; CheckpointError if it is not of this plan."""
+        self.load_model(state.model, origin)
+        self.load_optimizer(state.optimizer, origin)
+        self.load_extra(state.extra, origin)
+
+    def load_extra(self, extra: dict[str, torch.Tensor], origin: str) -> None:
+        """Take extra state, what of it there is; CheckpointError if it does not fit the plan."""
+        for name, found in extra.items():
+            target = self.extra.get(name)
+            if target is None or (found.shape, found.dtype) != (target.shape, target.dtype):
+                raise CheckpointError(f"{origin}: extra state {name!r} does not fit the plan", origin)
+            target.copy_(found)
+
+    def step(self, slot: np.ndarray, revision: Revision, step: Step | None = None) -> None:
         """Apply one iteration's gradient.
 
         `slot` is the slot data, writable, uint8; it is only read. A parameter in no bucket keeps its gradient None.
-        Where wire and parameter dtype agree, the optimizer reads the slot itself.
+        Where wire and parameter dtype agree, the optimizer reads the slot itself. `step` is what the step record says of it.
         """
-        for bucket, begin in zip(revision.buckets, revision.bucket_offsets, strict=True):
-            width = DTYPE_BYTES[bucket.dtype]
-            for place in bucket.parameters:
-                parameter = self._parameters[place.name]
-                low = begin + place.offset * width
-                gradient = torch.from_numpy(slot[low : low + place.elements * width])
-                gradient = gradient.view(torch_dtype(bucket.dtype)).reshape(place.shape)
-                if self._copies_gradients or gradient.dtype != parameter.dtype:
-                    gradient = gradient.to(parameter.dtype, copy=True)
-                parameter.grad = gradient
-        self.optimizer.step()
+        changes = step is not None and any(
+            value is not None for value in (step.clip_coefficient, step.clip_value, step.scale)
+        )
+        for place, gradient in self._gradients(slot, revision):
+            parameter = self._parameters[place]
+            if self._copies_gradients or changes or gradient.dtype != parameter.dtype:
+                gradient = gradient.to(parameter.dtype, copy=True)
+            parameter.grad = gradient
+        if step is None:
+            self.optimizer.step()
+        else:
+            self._step_as(step)
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters.values():
             parameter.grad = None
+
+    def _gradients(self, slot: np.ndarray, revision: Revision) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each reduced parameter's name and gradient, as a view of the slot in wire dtype."""
+        for bucket, begin in zip(revision.buckets, revision.bucket_offsets, strict=True):
+            width = DTYPE_BYTES[bucket.dtype]
+            for place in bucket.parameters:
+                low = begin + place.offset * width
+                gradient = torch.from_numpy(slot[low : low + place.elements * width])
+                yield place.name, gradient.view(torch_dtype(bucket.dtype)).reshape(place.shape)
+
+    def _step_as(self, step: Step) -> None:
+        """Do what the trainer did between reduction and step, with torch's own operations, then step."""
+        for number, values in step.hyperparameters.items():
+            self.optimizer.param_groups[number].update(values)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        fused = self.plan.optimizer.form == "fused"
+        if step.scale is not None and not step.unscaled_in_step:
+            # GradScaler.unscale_ takes the reciprocal in float64.
+            inverse = torch.tensor(step.scale).double().reciprocal().float()
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.zeros(()), inverse)
+        if step.clip_coefficient is not None:
+            dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients})
+            torch._foreach_mul_(gradients, torch.tensor(step.clip_coefficient, dtype=dtype))
+        if step.clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -step.clip_value)
+            torch._foreach_clamp_max_(gradients, step.clip_value)
+        if step.scale is not None and fused:
+            # A fused optimizer is told, and skips the step by itself: so it makes its state even then.
+            self.optimizer.grad_scale = torch.tensor(step.scale) if step.unscaled_in_step else None
+            self.optimizer.found_inf = torch.tensor(float(step.skipped))
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not step.skipped:
+            self.optimizer.step()
+        for name, content in step.extra.items():
+            bytes_of(self.model[name] if name in self.model else self.extra[name])[:] = np.frombuffer(content, np.uint8)
+
+    def has_non_finite(self, slot: np.ndarray, revision: Revision) -> bool:
+        """Whether a gradient that the optimizer would step by is not finite: what makes a GradScaler skip a step."""
+        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        for place, gradient in self._gradients(slot, revision):
+            parameter = self._parameters[place]
+            if id(parameter) in stepped and not bool(gradient.to(parameter.dtype).isfinite().all()):
+                return True
+        return False

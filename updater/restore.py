@@ -61,8 +61,7 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
     if state.iteration == wanted:
         return replace(state, buckets=buckets)
     model = ModelState(directory.plan)
-    model.load_model(state.model, str(path))
-    model.load_optimizer(state.optimizer, str(path))
+    model.load_state(state, str(path))
     for reached in replay(directory.plan, model, directory.entries.values(), state.iteration):
         if reached == wanted:
             break
@@ -74,12 +73,13 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         arithmetic.current().model_dump(),
         model.model,
         model.optimizer.state_dict(),
+        model.extra,
         buckets,
     )
 
 
 def states_after(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (iteration, {"model", "optimizer"}) for every committed iteration, stepped on from the first snapshot and each base.
+    """Yield (iteration, {"model", "optimizer", "extra"}) for every committed iteration, stepped on from the first snapshot and each base.
 
     What is yielded is stepped on when the next is asked for. Errors are those of `restore_state`.
     """
@@ -89,16 +89,15 @@ def states_after(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         reached = snapshots[0]
         first = load_snapshot(directory.manifest, reached)
         model = ModelState(directory.plan)
-        model.load_model(first.model, str(path))
-        model.load_optimizer(first.optimizer, str(path))
+        model.load_state(first, str(path))
         for reached in replay(directory.plan, model, directory.entries.values(), snapshots[0]):
-            yield reached, {"model": model.model, "optimizer": model.optimizer.state_dict()}
+            yield reached, {"model": model.model, "optimizer": model.optimizer.state_dict(), "extra": model.extra}
         # What the log does not lead to is a base, from which it goes on.
         snapshots = [iteration for iteration in snapshots if iteration > reached]
 
 
 def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:
-    """Return a restored state as a dictionary: model, optimizer, iteration, run_id, attempt, bit_exact, buckets.
+    """Return a restored state as a dictionary: model, optimizer, extra, iteration, run_id, attempt, bit_exact, buckets.
 
     `buckets` are the names of the parameters in each bucket of the next iteration. `model` and `optimizer` are what
     torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
@@ -112,6 +111,7 @@ def _document(state: State) -> dict[str, Any]:
     return {
         "model": model,
         "optimizer": state.optimizer,
+        "extra": state.extra,
         "iteration": state.iteration,
         "run_id": state.run_id,
         "attempt": state.attempt,

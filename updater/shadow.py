@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flowcheck import audit
 from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.plan import Plan, Revision
+from flowcheck.step_record import Step
 from updater import arithmetic
-from updater.directory import bucket_views, states
+from updater.directory import payload_views, record_of, states
 from updater.log_reader import Entry, read_payload
 from updater.manifest import Manifest
 from updater.model_state import ModelState, bytes_of
@@ -47,8 +49,10 @@ def replay(plan: Plan, model: ModelState, entries: Iterable[tuple[Entry, str]], 
         iteration = entry.header.iteration
         if state == "committed" and iteration == after + 1:
             revision = plan.revision(iteration)
-            read_payload(entry, identity, bucket_views(slot, revision))
-            model.step(slot, revision)
+            read_payload(entry, identity, payload_views(slot, plan, revision))
+            record = record_of(slot, plan, revision)
+            form = plan.record_form
+            model.step(slot, revision, form and form.decode(form.current(record), iteration))
             after = iteration
             yield iteration
 
@@ -64,14 +68,14 @@ class Shadow:
         self.plan, self._manifest = plan, manifest
         self._model = ModelState(plan)
         self.reached: int | None = None
+        self.diverged = False
         self._engine = engine
         self.engine_bytes = self.engine_failed = 0
         snapshots = manifest.snapshots
         if snapshots:
             origin = manifest.snapshot_name(snapshots[-1])
             state = load_snapshot(manifest, snapshots[-1])
-            self._model.load_model(state.model, origin)
-            self._model.load_optimizer(state.optimizer, origin)
+            self._model.load_state(state, origin)
             self.reached = snapshots[-1]
             for _ in self.catch_up(index):
                 pass
@@ -116,6 +120,7 @@ class Shadow:
             self._model.load_model(found.get("model", found), str(path))
             if "optimizer" in found:
                 self._model.load_optimizer(found["optimizer"], str(path))
+            self._model.load_extra(found.get("extra", {}), str(path))
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
         self._begin()
@@ -124,13 +129,34 @@ class Shadow:
         self.reached = 0
         self.snapshot()
 
-    def apply(self, iteration: int, slot: np.ndarray, revision: Revision) -> bool:
+    def follows(self, iteration: int) -> bool:
+        """Return whether an iteration is the next one to apply."""
+        return not self.diverged and self.reached is not None and iteration == self.reached + 1
+
+    def apply(self, iteration: int, slot: np.ndarray, revision: Revision, step: Step | None) -> bool:
         """Step by an iteration that is committed; False, and nothing done, where it is not the next one."""
-        if self.reached is None or iteration != self.reached + 1:
+        if not self.follows(iteration):
             return False
-        self._model.step(slot, revision)
+        self._model.step(slot, revision, step)
         self.reached = iteration
         return True
+
+    def audit(self, record: np.ndarray) -> list[dict] | None:
+        """Hold the state against the digests in the record of the next step; return the alarms, None if it cannot be held.
+
+        After an alarm that no one rank explains the state is `diverged`: it is not stepped on until it is rebased.
+        """
+        if not self._manifest.bit_exact:
+            return None
+        form, groups = self.plan.record_form, audit.group_names(self.plan)
+        ours = audit.digests(groups, self._model.audited, self._model.optimizer).tolist()
+        found = form.audit(record, [digest % 2**64 for digest in ours])
+        self.diverged = any(rank is None for _, rank in found)
+        return [{"tensors": groups[group], "rank": rank} for group, rank in found]
+
+    def has_non_finite(self, slot: np.ndarray, revision: Revision) -> bool:
+        """Whether a gradient that the optimizer would step by is not finite."""
+        return self._model.has_non_finite(slot, revision)
 
     def catch_up(self, index: Iterable[Entry]) -> Iterator[int]:
         """Step through what the log holds of the iterations after the reached one; yields each when it is done."""
@@ -141,12 +167,12 @@ class Shadow:
 
     def rebase(self, base: Base) -> None:
         """Go on from a base; published as a snapshot when this returns."""
-        self._model, self.reached = base.state, base.iteration
+        self._model, self.reached, self.diverged = base.state, base.iteration, False
         self.snapshot()
 
     def snapshot(self) -> None:
         """Publish the state as it is, unless it is published already; a shadow without a state has nothing to publish."""
-        if self.reached is None or self.reached in self._manifest.snapshots:
+        if self.reached is None or self.diverged or self.reached in self._manifest.snapshots:
             return
         name = self._manifest.snapshot_name(self.reached)
         state = State(
@@ -157,6 +183,7 @@ class Shadow:
             arithmetic.current().model_dump(),
             self._model.model,
             self._model.optimizer.state_dict(),
+            self._model.extra,
         )
         copied, failed = self._engine.engine_bytes, self._engine.engine_failed
         write_state(self._manifest.folder / name, state, self._engine)

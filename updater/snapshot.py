@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,15 @@ class State:
     arithmetic: dict[str, str]  # that it was computed with
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any] | None
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # declared by the trainer, no keys of the model
     buckets: list[list[str]] | None = None  # of the next iteration, by parameter names; not kept in snapshots
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor by its path in the file, model first; tied ones under each of their names."""
         for key, tensor in self.model.items():
             yield f"model/{_escape(key)}", tensor
+        for name, tensor in self.extra.items():
+            yield f"extra/{_escape(name)}", tensor
         for number, values in ((self.optimizer or {}).get("state") or {}).items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
@@ -174,6 +177,7 @@ def read_state(path: Path) -> State:
                 json.loads(attributes["arithmetic"]),
                 model,
                 optimizer,
+                {_unescape(name): _read_tensor(dataset) for name, dataset in file.get("extra", {}).items()},
             )
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(

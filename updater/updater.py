@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,9 +21,10 @@ from flowcheck._copy import CopyEngine
 
 from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 from flowcheck.layout import mirrored_ranges
-from flowcheck.plan import Plan
+from flowcheck.plan import Plan, Revision
+from flowcheck.step_record import RecordError, Step
 from updater import log_format
-from updater.directory import bucket_views
+from updater.directory import payload_views
 from updater.durable import io_errors, lock_directory, remove_temporaries, write_published
 from updater.log import SEGMENT_BYTES, LogWriter
 from updater.log_reader import Entry, read_index, segment_paths
@@ -120,7 +122,11 @@ class Updater:
             self._publish_segments()
             # What the slots can still bring again: everything if they are new, little if they go on.
             index = read_index(log_folder, self._identity)
-            self._prior = {e.header.iteration: e for e in index if e.header.iteration >= slots.consumed_next}
+            self._prior = {
+                e.header.iteration: e
+                for e in index
+                if e.header.iteration >= slots.consumed_next and e.header.kind in log_format.DECIDED
+            }
             if plan.has_model:
                 self._shadow = _make_shadow(
                     plan, self._manifest, read_index(log_folder, self._identity), engine or CopyEngine()
@@ -215,6 +221,8 @@ class Updater:
                 f"the slot of iteration {self._next} holds {record['iteration']}; begin the slot file anew"
             )
         whole, segment = int(record["state"]) == _SLOT_WHOLE, self._log.open_segment
+        if not whole and self._awaits_record():
+            return 0
         if self._next == 0:
             self._take_initial(whole, record)
         else:
@@ -231,6 +239,8 @@ class Updater:
             return False
         if self._shadow.reached is None:
             return self._next > self.plan.first_iteration
+        if self._shadow.diverged:
+            return True
         return self._shadow.reached + 1 < self._next
 
     def _catch_up(self) -> int:
@@ -284,21 +294,87 @@ class Updater:
 
     def _take(self, iteration: int, whole: bool, record: np.void) -> None:
         revision = self.plan.revision(iteration)
+        number = self.plan.shard.revisions.index(revision)
         data = self.slots.gradient(iteration)
+        parts, problem = payload_views(data, self.plan, revision), None
+        step = None
+        if self.plan.record_form is not None and (whole or self._lacks_record_only(iteration)):
+            parts[-1], step, problem = self._said(iteration, revision, whole)
+            whole = problem is None
         prior = self._prior.pop(iteration, None)
         if prior is not None:
-            self._compare(prior, whole, bucket_views(data, revision))
+            self._compare(prior, whole, parts)
             whole = whole and prior.header.kind == log_format.GRADIENT
         elif whole:
-            number = self.plan.shard.revisions.index(revision)
-            views = bucket_views(data, revision)
-            self._log.append(log_format.GRADIENT, self.plan.job.attempt, iteration, number, views)
+            self._audit(iteration, number, parts[-1], step)
+            self._log.append(log_format.GRADIENT, self.plan.job.attempt, iteration, number, parts)
         else:
-            number = self.plan.shard.revisions.index(revision)
-            self._append_incomplete(iteration, number, revision.gradient_bytes, record)
+            self._append_incomplete(iteration, number, revision.gradient_bytes, record, problem)
         self._counters["whole" if whole else "incomplete"] += 1
         if whole and self._shadow is not None:
-            self._counters["applied"] += self._shadow.apply(iteration, data, revision)
+            self._counters["applied"] += self._shadow.apply(iteration, data, revision, step)
+
+    def _lacks_record_only(self, iteration: int) -> bool:
+        """Whether every byte of an iteration's gradient is there, and only its step record is not whole."""
+        if int(self.slots.slot(iteration)["conflicts"]):
+            return False
+        begin, _ = self.plan.record_range(self.plan.revision(iteration))
+        return all(low >= begin for low, _ in self.slots.missing(iteration))
+
+    def _awaits_record(self) -> bool:
+        """Whether the next iteration, which repeats the record that this one lacks, is yet to be decided."""
+        if self._next == 0 or self.plan.record_form is None or self.slots.ended:
+            return False
+        return self._next + 1 >= self.slots.settled_next and self._lacks_record_only(self._next)
+
+    def _said(self, iteration: int, revision: Revision, whole: bool) -> tuple[np.ndarray, Step | None, str | None]:
+        """Return the bytes of an iteration's step record, what it says, and why the iteration cannot be committed by it."""
+        form = self.plan.record_form
+        begin, end = self.plan.record_range(revision)
+        record = self.slots.gradient(iteration)[begin:end].view("<f4")
+        try:
+            if not whole:
+                record = self._repeated(iteration)
+            step = form.decode(form.current(record), iteration)
+            if not whole:
+                step = replace(step, audited=False)  # the digests were not repeated
+            if step.reductions != revision.reductions:
+                raise RecordError(f"says {step.reductions} reductions, the plan {revision.reductions}")
+        except RecordError as error:
+            _log.warning("iteration %d: the step record %s", iteration, error)
+            return record.view(np.uint8), None, "step_record"
+        if self._shadow is not None and step.scale is not None:
+            if self._shadow.has_non_finite(self.slots.gradient(iteration), revision) != step.skipped:
+                _log.warning("iteration %d: its record says skipped %s, its gradient not", iteration, step.skipped)
+                return record.view(np.uint8), None, "conflict"
+        return record.view(np.uint8), step, None
+
+    def _repeated(self, iteration: int) -> np.ndarray:
+        """Return a record of what the next iteration's repeats of this one's; RecordError if that is not there either."""
+        form, following = self.plan.record_form, iteration + 1
+        if following >= self.slots.settled_next:
+            raise RecordError("was lost, and no iteration follows")
+        begin, _ = self.plan.record_range(self.plan.revision(following))
+        low, high = begin + 4 * form.words, begin + 8 * form.words
+        if any(first < high and last > low for first, last in self.slots.missing(following)):
+            raise RecordError("was lost, and so was its repetition")
+        record = np.zeros(form.elements, "<f4")
+        record[: form.words] = self.slots.gradient(following)[low:high].view("<f4")
+        return record
+
+    def _audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
+        """Hold the state before a step against the digests in its record, and note what was found."""
+        if step is None or not step.audited or self._shadow is None or not self._shadow.follows(iteration):
+            return
+        alarms = self._shadow.audit(record.view("<f4"))
+        if alarms is None:
+            return
+        kind = log_format.DIVERGED if self._shadow.diverged else log_format.ALARM if alarms else log_format.AUDITED
+        for alarm in alarms:
+            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
+            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
+            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
+        self._log.append_facts(kind, self.plan.job.attempt, iteration, number, {"alarms": alarms})
 
     def _compare(self, prior: Entry, whole: bool, views: list[np.ndarray]) -> None:
         """Hold a slot against the record that an earlier start wrote; what was decided then stays decided."""
@@ -311,15 +387,17 @@ class Updater:
                 str(prior.segment),
             )
 
-    def _append_incomplete(self, iteration: int, revision: int, size: int, record: np.void) -> None:
+    def _append_incomplete(
+        self, iteration: int, revision: int, size: int, record: np.void, problem: str | None = None
+    ) -> None:
         missing = self.plan.flat_ranges(iteration, self.slots.missing(iteration))
         facts = {
             "bytes": size,
             "placed_bytes": size - sum(end - begin for begin, end in missing),
             "missing": missing,
-            "reason": self._reason(iteration, missing, _REASONS.get(int(record["reason"]), "missing")),
+            "reason": problem or self._reason(iteration, missing, _REASONS.get(int(record["reason"]), "missing")),
         }
-        self._log.append_incomplete(self.plan.job.attempt, iteration, revision, facts)
+        self._log.append_facts(log_format.INCOMPLETE, self.plan.job.attempt, iteration, revision, facts)
 
     def _reason(self, iteration: int, missing: list[list[int]], reason: str) -> str:
         """Return why an iteration is incomplete; bytes that no mirrored connection carries could not come at all."""

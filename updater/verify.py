@@ -132,8 +132,7 @@ def _replay(result: Verification, directory: Directory) -> None:
         if first.arithmetic != arithmetic.current().model_dump():
             return
         model = ModelState(plan)
-        model.load_model(first.model, manifest.snapshot_name(snapshots[0]))
-        model.load_optimizer(first.optimizer, manifest.snapshot_name(snapshots[0]))
+        model.load_state(first, manifest.snapshot_name(snapshots[0]))
         last = snapshots[0]
         for last in replay(plan, model, directory.entries.values(), snapshots[0]):
             if last not in snapshots:

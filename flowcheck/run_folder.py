@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""The folder that trainer and shadow share: the plan and full states from the one, the acknowledgement from the other.
+
+    plan.json         what the shadow must know; written again, complete, once DDP's final buckets are known
+    initial.pt        the state that training begins from
+    shadow.json       the shadow's: which plan it follows, and that every frame from now on is captured
+    states/           full states, state-NNNNNN.pt, the way on after a loss
+
+Everything appears whole or not at all, mode 0600. Any file system that both hosts see will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from flowcheck.errors import ConfigError
+from flowcheck.plan import Plan
+
+__all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INITIAL_STATE", "PLAN", "RunFolder", "state_name"]
+
+PLAN, INITIAL_STATE, ACKNOWLEDGEMENT, FULL_STATES = "plan.json", "initial.pt", "shadow.json", "states"
+_KEPT = 3
+_LOOK_S = 0.05
+
+
+def state_name(iteration: int) -> str:
+    """Return the file name of the full state after an iteration."""
+    return f"state-{iteration:06}.pt"
+
+
+class RunFolder:
+    """The folder of a run, from the trainer's side.
+
+    Args:
+        url: a path, or `file:///path`; made if it is not there.
+
+    Raises:
+        ConfigError: another kind of address, or the folder cannot be made.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        parts = urlsplit(str(url))
+        if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"plan_url {str(url)!r}: expected a path or file:///path that both hosts see")
+        self.path = Path(unquote(parts.path) if parts.scheme else str(url))
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"plan_url {str(url)!r}: cannot make the folder: {error.strerror}") from error
+
+    def save(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have `write` make a file, and give it its name when it is whole."""
+        final = self.path / name
+        final.parent.mkdir(mode=0o700, exist_ok=True)
+        temporary = final.with_name(f".{final.name}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        write(temporary)
+        os.replace(temporary, final)
+
+    def save_plan(self, document: dict[str, Any]) -> None:
+        """Write the plan."""
+        self.save(PLAN, lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write a full state, which names its iteration, as a torch file; all but the newest few are removed."""
+        import torch
+
+        self.save(f"{FULL_STATES}/{state_name(state['iteration'])}", lambda path: torch.save(state, path))
+        for old in sorted((self.path / FULL_STATES).glob("state-*.pt"))[:-_KEPT]:
+            old.unlink()
+
+    def followed(self, plan: Plan) -> bool:
+        """Return whether a shadow says that it follows this very plan."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((self.path / ACKNOWLEDGEMENT).read_text())["plan"] == plan.digest().hex()
+        return False
+
+    def wait_for_shadow(self, plan: Plan, patience_s: float) -> bool:
+        """Wait until a shadow follows this plan; False if none does in so many seconds."""
+        end = time.monotonic() + patience_s
+        while not self.followed(plan):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_LOOK_S)
+        return True
