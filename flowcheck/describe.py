@@ -78,11 +78,16 @@ def bucket(parameters: Mapping[str, torch.Tensor], names: Iterable[str], dtype: 
 
 
 def startup_operations(model: DistributedDataParallel) -> list[dict[str, Any]]:
-    """Return the collectives that DDP's constructor does on its group: shapes compared, then values broadcast."""
+    """Return the collectives that DDP's constructor does on its group: shapes compared, then values broadcast.
+
+    Buffers with them, but for a torch that knows no `forward_sync_buffers` and was told `broadcast_buffers=False`; where
+    it knows both, nothing in the model tells which was given, and the one that is not deprecated is assumed.
+    """
     import torch.distributed as dist
 
     parameters = [parameter for _, parameter in _reduced(model)]
-    states = [*model.module.parameters(), *model.module.buffers()]
+    synchronised = getattr(model, "broadcast_buffers", True) or hasattr(model, "forward_sync_buffers")
+    states = [*model.module.parameters(), *(model.module.buffers() if synchronised else ())]
     assigned, _ = dist._compute_bucket_assignment_by_size(states, [_BROADCAST_BYTES])
     return [
         {"op": "all_gather", "dtype": "int64", "elements": 1},

@@ -775,10 +775,15 @@ def parse(text: str | bytes, origin: str = "plan") -> Plan:
         raise ConfigError(f"{origin}: field {_field(first['loc'])}: found {shown}: {reason}{more}") from error
 
 
-def load(path: str | Path) -> Plan:
-    """Return the plan in a file; ConfigError if it cannot be read or used."""
+def load(path: str | Path, *, incomplete: bool = False) -> Plan:
+    """Return the plan in a file; ConfigError if it cannot be read or used, or is incomplete where that will not do."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the plan: {error.strerror}") from error
-    return parse(text, str(path))
+    plan = parse(text, str(path))
+    if not plan.complete and not incomplete:
+        raise ConfigError(
+            f"{path}: the plan is not complete: its job has not come to its second iteration; `flowcheck run` waits for that"
+        )
+    return plan

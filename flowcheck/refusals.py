@@ -57,7 +57,8 @@ def _check_buffers(model: DistributedDataParallel, changing: set[str]) -> None:
     broadcast = getattr(model, "forward_sync_buffers", getattr(model, "broadcast_buffers", True))
     if broadcast and len(model.modules_buffers):
         raise ConfigError(
-            "the model has buffers that DDP broadcasts at every forward pass, evaluation too: pass broadcast_buffers=False"
+            "the model has buffers that DDP broadcasts at every forward pass, evaluation too: pass forward_sync_buffers=False "
+            "(broadcast_buffers=False where torch does not know it)"
         )
     keys = set(model.module.state_dict())
     if unknown := sorted(changing - keys):

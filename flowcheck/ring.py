@@ -142,6 +142,11 @@ class PacketRing:
             raise ConfigError(f"{path}: the ring of stream {ring.stream!r}, expected that of {stream!r}")
         return ring
 
+    def adopt(self, identity: bytes) -> None:
+        """Make the ring one of another plan: of the same job, whose plan was completed while the ring was filled."""
+        at, size = RING_HEADER.fields["identity"][1], len(self.identity)
+        self.memory[at : at + size] = self.identity = identity
+
     def _cursor(self, name: str) -> int:
         return _atomics.load(self.memory, RING_HEADER.fields[name][1])
 

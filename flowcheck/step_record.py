@@ -139,12 +139,16 @@ class RecordForm:
         content = self.extra_at + sum(-(-size // 2) for _, size in extra)
         self.content = content + content % 2
         self.words = self.content + CHECKSUM_WORDS
-        ranks = world_size * (world_size + 1) // 2
+        ranks = sum(map(self.weight, range(world_size)))
         self.bits = next((bits for bits in (16, 8, 4, 2, 1) if ((1 << bits) - 1) * ranks < 1 << 24), 0)
         if not self.bits:
             raise ValueError(f"{world_size} ranks are more than a float32 sum of digests is exact for")
         self.parts = 64 // self.bits
         self.elements = 2 * self.words + groups * 2 * self.parts
+
+    def weight(self, rank: int) -> int:
+        """Return what a rank's digests are multiplied by in the second sum; no rank has the mean of all."""
+        return rank + 1 + (rank == self.world_size - 1)
 
     # -- the trainer's side -----------------------------------------------------------------------------------------
 
@@ -200,7 +204,7 @@ class RecordForm:
     def _step(self, words: np.ndarray, iteration: int) -> Step:
         flags = int(words[FIELDS["flags"][0]])
 
-        def number(name: str) -> float:
+        def value(name: str) -> float:
             return _float64(words, FIELDS[name][0])
 
         at, hyperparameters = FIXED_WORDS, {}
@@ -217,32 +221,29 @@ class RecordForm:
             reductions=int(words[FIELDS["reductions"][0]]),
             hyperparameters=hyperparameters,
             skipped=bool(words[FIELDS["skipped"][0]]),
-            scale=number("scale") if flags & UNSCALED else None,
+            scale=value("scale") if flags & UNSCALED else None,
             unscaled_in_step=bool(flags & UNSCALED_IN_STEP),
-            clip_coefficient=number("clip_coefficient") if flags & CLIPPED_BY_NORM else None,
-            clip_value=number("clip_value") if flags & CLIPPED_BY_VALUE else None,
-            loss=number("loss") if flags & HAS_LOSS else None,
+            clip_coefficient=value("clip_coefficient") if flags & CLIPPED_BY_NORM else None,
+            clip_value=value("clip_value") if flags & CLIPPED_BY_VALUE else None,
+            loss=value("loss") if flags & HAS_LOSS else None,
             extra=extra,
             audited=bool(flags & AUDITED),
         )
 
     def audit(self, record: np.ndarray, ours: Sequence[int]) -> list[tuple[int, int | None]]:
-        """Return where a record's digests are not those of a state: (group, rank that differs, None: it cannot be told).
+        """Return where a record's digests are not those of a state: (group, the rank that differs, None: it is not one alone).
 
         Args:
             record: float32, one that is `audited`.
             ours: a digest per group (unsigned 64 bits), of the state before that step.
         """
         sums = record[2 * self.words :].reshape(self.groups, 2, self.parts).astype(np.int64)
-        ranks, out = self.world_size, []
+        weights, out = [self.weight(rank) for rank in range(self.world_size)], []
         for group, digest in enumerate(ours):
             parts = np.array(split_digest(digest, self.bits), np.int64)
-            plain, weighted = sums[group, 0] - ranks * parts, sums[group, 1] - ranks * (ranks + 1) // 2 * parts
-            if not plain.any() and not weighted.any():
-                continue
-            # One rank that is off by d makes the sums off by d and (rank + 1) * d, all of them by n * d and its share.
-            rank = next((r for r in range(ranks) if (weighted == (r + 1) * plain).all()), None)
-            if not (plain % ranks).any():
-                rank = None
-            out.append((group, rank))
+            plain, weighted = sums[group, 0] - self.world_size * parts, sums[group, 1] - sum(weights) * parts
+            if plain.any() or weighted.any():
+                # One rank that is off by d makes the sums off by d and its weight times d.
+                odd = (rank for rank, weight in enumerate(weights) if (weighted == weight * plain).all())
+                out.append((group, next(odd, None)))
         return out

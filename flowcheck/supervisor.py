@@ -30,16 +30,17 @@ from flowcheck.counters import extract_state, packet_counters, parse_counts
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.files import write_private
 from flowcheck.ring import PacketRing
+from flowcheck.run_folder import ACKNOWLEDGEMENT, FULL_STATES
 from flowcheck.slots import SlotFile
 from flowcheck.stage import READY_VARIABLE
 from flowcheck.verdicts import VERDICTS
 
-__all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INBOX", "Supervisor", "is_live", "scratch_folder", "status"]
+__all__ = ["INBOX", "Supervisor", "is_live", "scratch_folder", "status"]
 
-#: Beside the plan: says that from now on every frame is captured.
-ACKNOWLEDGEMENT = "shadow.json"
-#: Folder beside the plan, for the trainer's own full states; and one in the scratch folder, for `flowcheck rebase`.
-FULL_STATES, INBOX = "states", "bases"
+#: A folder in the scratch folder, for `flowcheck rebase`.
+INBOX = "bases"
+#: The plan that the dumps follow, in the scratch folder: the job may replace its own at any time.
+_DUMPED_PLAN = "plan.json"
 _STATUS = "status.json"
 _LOOK_S = 0.05
 _STATUS_S = 1.0
@@ -136,8 +137,10 @@ class Supervisor:
     show: Callable[[dict[str, Any]], None] = lambda document: None
     say: Callable[[str], None] = lambda line: None
     _children: list[_Child] = field(default_factory=list)
+    _plan: plans.Plan | None = None
     _stopping: bool = False
     _complained: set[str] = field(default_factory=set)
+    _alarms: int = 0
 
     def run(self) -> dict[str, Any]:
         """Run until SIGINT or SIGTERM, then until everything captured is drained; return the last status.
@@ -146,7 +149,7 @@ class Supervisor:
             ConfigError: the plan or a stream's source cannot be used, or another run has the directory.
             FlowCheckError: a stage failed in a way that another start does not mend.
         """
-        plan = plans.load(self.plan_path)
+        plan = self._plan = plans.load(self.plan_path, incomplete=True)
         for stream in plan.shard.streams:
             if not (stream.interface or stream.port):
                 raise ConfigError(f"{self.plan_path}: stream {stream.name!r} names neither interface nor port")
@@ -163,9 +166,10 @@ class Supervisor:
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._discard_others(scratch, plan)
-            self._children = self._commands(scratch, plan)
-            self._watch(scratch, plan)
-            document = self._status(scratch, plan)
+            write_private(scratch / _DUMPED_PLAN, plan.canonical())
+            self._children = self._dumps(scratch) + (self._others(scratch) if plan.complete else [])
+            self._watch(scratch)
+            document = self._status(scratch)
             # What was not drained stays for the next run.
             shutil.rmtree(scratch)
             return document
@@ -196,28 +200,52 @@ class Supervisor:
             for path in scratch.iterdir():
                 path.unlink()
 
-    def _commands(self, scratch: Path, plan: plans.Plan) -> list[_Child]:
+    def _child(self, scratch: Path, name: str, package: str, plan: Path, *words: object) -> _Child:
         options = ["--busy"] if self.busy else []
         # Threads of the optimizer step that spin for work take the cores of the other stages.
         environment = dict(os.environ) if self.busy else {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        command = [sys.executable, "-c", f"from {package}.cli import main; main()", str(plan)]
+        errors = scratch / f"{name.replace(' ', '-')}.stderr"
+        return _Child(name, [*command, *map(str, words), *options], errors, environment)
 
-        def child(name: str, package: str, *words: object) -> _Child:
-            command = [sys.executable, "-c", f"from {package}.cli import main; main()", str(self.plan_path)]
-            errors = scratch / f"{name.replace(' ', '-')}.stderr"
-            return _Child(name, [*command, *map(str, words), *options], errors, environment)
+    def _rings(self, scratch: Path) -> dict[str, Path]:
+        return {stream.name: scratch / f"{stream.name}.ring" for stream in self._plan.shard.streams}
 
-        rings = {stream.name: scratch / f"{stream.name}.ring" for stream in plan.shard.streams}
-        children = []
-        for name, ring in rings.items():
-            children.append(child(f"dump {name}", "packet_dump", "--stream", name, "--ring", ring))
-            children.append(child(f"parse {name}", "packet_parser", "--stream", name, "--ring", ring))
+    def _dumps(self, scratch: Path) -> list[_Child]:
+        plan = scratch / _DUMPED_PLAN
+        return [
+            self._child(scratch, f"dump {name}", "packet_dump", plan, "--stream", name, "--ring", ring)
+            for name, ring in self._rings(scratch).items()
+        ]
+
+    def _others(self, scratch: Path) -> list[_Child]:
+        """Return the stages behind the dumps: for them the plan must be complete."""
+        rings, slots = self._rings(scratch), ("--slots", scratch / "slots")
+        children = [
+            self._child(scratch, f"parse {name}", "packet_parser", self.plan_path, "--stream", name, "--ring", ring)
+            for name, ring in rings.items()
+        ]
         ring_words = [word for ring in rings.values() for word in ("--ring", ring)]
-        children.append(child("extract", "data_extractor", *ring_words, "--slots", scratch / "slots"))
+        children.append(self._child(scratch, "extract", "data_extractor", self.plan_path, *ring_words, *slots))
         bases = ("--bases", self.plan_path.parent / FULL_STATES, "--bases", scratch / INBOX)
-        children.append(child("update", "updater", "--slots", scratch / "slots", "--out", self.out, *bases))
+        children.append(self._child(scratch, "update", "updater", self.plan_path, *slots, "--out", self.out, *bases))
         return children
 
-    def _watch(self, scratch: Path, plan: plans.Plan) -> None:
+    def _complete(self, scratch: Path) -> bool:
+        """Whether the job has completed its plan by now; the rings are then that one's."""
+        plan = plans.load(self.plan_path, incomplete=True)
+        if not plan.complete:
+            return False
+        if (plan.job, plan.shard.streams) != (self._plan.job, self._plan.shard.streams):
+            raise ConfigError(f"{self.plan_path}: has become the plan of another job or network; stop this run first")
+        for path in self._rings(scratch).values():
+            with PacketRing.open(path, self._plan.identity()) as ring:
+                ring.adopt(plan.identity())
+        write_private(scratch / _DUMPED_PLAN, plan.canonical())
+        self._plan = plan
+        return True
+
+    def _watch(self, scratch: Path) -> None:
         acknowledged, told, shown, draining_until = False, False, 0.0, None
         for child in self._children:
             child.start()
@@ -225,11 +253,19 @@ class Supervisor:
             for child in self._children:
                 self._tend(child)
             now = time.monotonic()
+            if acknowledged and not self._plan.complete and not self._stopping and self._complete(scratch):
+                others = self._others(scratch)
+                for child in others:
+                    child.start()
+                self._children += others
+                acknowledged = False
             if not acknowledged and all(child.ready for child in self._children):
                 acknowledged = True
-                acknowledgement = {"run_id": plan.job.run_id, "attempt": plan.job.attempt, "pid": os.getpid()}
+                job = self._plan.job
+                acknowledgement = {"run_id": job.run_id, "attempt": job.attempt, "pid": os.getpid()}
+                acknowledgement["plan"] = self._plan.digest().hex()
                 write_private(self.plan_path.parent / ACKNOWLEDGEMENT, json.dumps(acknowledgement).encode())
-                self.say("capturing")
+                self.say("capturing" if self._plan.complete else "capturing; the plan is yet to be completed")
             if self._stopping and not told:
                 told, draining_until = True, now + _DRAIN_S
                 self.say("stopping: draining what was captured")
@@ -239,7 +275,7 @@ class Supervisor:
                     left = ", ".join(child.name for child in self._children if not child.done)
                     raise FlowCheckError(f"not drained after {_DRAIN_S:g} seconds: {left}; run again to go on")
             if now - shown >= _STATUS_S:
-                document = self._status(scratch, plan, now - shown if shown else 0.0)
+                document = self._status(scratch, now - shown if shown else 0.0)
                 shown = now
                 write_private(scratch / _STATUS, json.dumps(document).encode())
                 self.show(document)
@@ -247,7 +283,15 @@ class Supervisor:
             time.sleep(_LOOK_S)
 
     def _complain(self, document: dict[str, Any]) -> None:
-        """Say once of each stream that it shows nothing of the job where the plan says."""
+        """Say once of each alarm, and of each stream that it shows nothing of the job where the plan says."""
+        for alarm in document["alarms"][self._alarms :]:
+            who = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
+            since = "the start" if alarm["audited_to"] is None else f"iteration {alarm['audited_to']}"
+            self.say(
+                f"ALARM: between {since} and {alarm['iteration']} {who} came to have other bits than the shadow in "
+                f"{', '.join(alarm['tensors'])}"
+            )
+        self._alarms = len(document["alarms"])
         for stream in document["streams"]:
             if stream["state"] not in ("foreign", "unsynchronised") or stream["name"] in self._complained:
                 continue
@@ -296,9 +340,9 @@ class Supervisor:
         child.ready = False
         child.backoff = min(2 * child.backoff, _BACKOFF_MOST_S)
 
-    def _status(self, scratch: Path, plan: plans.Plan, elapsed_s: float = 0.0) -> dict[str, Any]:
+    def _status(self, scratch: Path, elapsed_s: float = 0.0) -> dict[str, Any]:
         """Return the document of `status --json`; rates are over `elapsed_s` since the last one."""
-        document = read_status(scratch, plan, self.out)
+        document = read_status(scratch, self._plan, self.out)
         counts = document.pop("counts")
         for child in self._children:
             count = counts.get(child.name, 0)
@@ -336,9 +380,11 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, FlowCheckError):
             with SlotFile.open(scratch / "slots", plan.identity()) as slots:
                 counts["update"] = slots.consumed_next
-    last, incomplete = 0, 0
+    last, incomplete, audited_to, alarms = 0, 0, None, []
     with contextlib.suppress(FlowCheckError, OSError):  # the updater has not begun it yet
-        for iteration, (_, state) in Directory(out).entries.items():
+        directory = Directory(out)
+        audited_to, alarms = directory.audits
+        for iteration, (_, state) in directory.entries.items():
             last = iteration if state in ("committed", "whole") else last
             incomplete += state == "incomplete"
     return {
@@ -346,6 +392,8 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
         "last_committed": last,
         "lag": max(0, highest - last),
         "incomplete": incomplete,
+        "audited_to": audited_to,
+        "alarms": alarms,
         "stages": [],
         "streams": streams,
         "packets": packets,

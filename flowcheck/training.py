@@ -437,7 +437,7 @@ class Attached:
             self._previous = words
         if self._digests is not None:
             digits = torch.stack(step_record.split_digest(self._digests, form.bits), -1)
-            weighted = digits * (dist.get_rank(self._model.process_group) + 1)
+            weighted = digits * form.weight(dist.get_rank(self._model.process_group))
             record[2 * form.words :] = torch.stack([digits, weighted], 1).flatten()
         self._pending = dist.all_reduce(record, group=self._model.process_group, async_op=True)
         self._reduced = 0

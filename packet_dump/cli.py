@@ -66,7 +66,7 @@ def main(
     from flowcheck.ring import PacketRing
     from packet_dump.dump import FileDump, InterfaceDump, PortDump
 
-    job = load(plan)
+    job = load(plan, incomplete=True)
     entry = job.shard.stream(stream)
     if capture is None and interface is None and port is None:
         interface, port = entry.interface, entry.port

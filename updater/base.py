@@ -18,14 +18,10 @@ import torch
 
 from flowcheck.errors import CheckpointError, ConfigError, DifferenceError
 from flowcheck.plan import Plan
+from flowcheck.run_folder import state_name
 from updater.model_state import ModelState
 
-__all__ = ["Base", "base_name", "load_base", "offer", "rebase"]
-
-
-def base_name(iteration: int) -> str:
-    """Return the name under which a base is offered (`updater.updater.BASE_NAME`)."""
-    return f"state-{iteration:06}.pt"
+__all__ = ["Base", "load_base", "offer", "rebase"]
 
 
 @dataclass
@@ -124,10 +120,10 @@ def offer(folder: Path, inbox: Path, path: Path, patience_s: float = 60.0) -> bo
 
     iteration = load_base(path, Directory(folder).plan).iteration
     inbox.mkdir(mode=0o700, exist_ok=True)
-    temporary = inbox / f".{base_name(iteration)}"
+    temporary = inbox / f".{state_name(iteration)}"
     shutil.copyfile(path, temporary)
     temporary.chmod(0o600)
-    temporary.rename(inbox / base_name(iteration))
+    temporary.rename(inbox / state_name(iteration))
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         directory = Directory(folder)

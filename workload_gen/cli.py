@@ -144,6 +144,12 @@ def _job_options(function: Any) -> Any:
     "--links", callback=_links, metavar="N,N..", help="Mirrored links; default: 0 and ranks-1, both sides of rank 0."
 )
 @click.option("--startup/--no-startup", default=True, show_default=True, help="Record the job's start-up collectives.")
+@click.option(
+    "--hook/--no-hook",
+    default=False,
+    show_default=True,
+    help="Have the training hook write the plan and send step records; else the plan is written from what was seen.",
+)
 @debug_option
 def record(mtu: str, ip: str, **options: Any) -> None:
     """Train on several ranks of one machine; leave captures, plan and the trainer's own states.
@@ -192,7 +198,13 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for `flowcheck run` before training starts; 0: nobody is to shadow it.",
+    help="Seconds to wait for `flowcheck run` before training starts; 0: train at once.",
+)
+@click.option(
+    "--hook/--no-hook",
+    default=True,
+    show_default=True,
+    help="Train with the hook; without it nobody can shadow the job.",
 )
 @click.option(
     "--truth",
@@ -220,13 +232,14 @@ def train(
       flowcheck run job/plan.json --out checkpoints
     """
     import contextlib
+    from dataclasses import replace
 
     from flowcheck.tables import step_progress
     from workload_gen.fabric import Fabric, Network
     from workload_gen.record import Recording
-    from workload_gen.train import train as run
+    from workload_gen.record import record as run
 
-    recording = _usable(Recording(mtu=int(mtu), ip=int(ip), steps=True, **options))
+    recording = _usable(Recording(mtu=int(mtu), ip=int(ip), steps=True, shadow_s=shadow_s, **options))
     if any(not 0 <= rank < recording.ranks for rank in mirror):
         raise click.UsageError(f"--mirror {mirror}: there are ranks 0 to {recording.ranks - 1}")
     with contextlib.ExitStack() as stack:
@@ -235,13 +248,9 @@ def train(
             network = Network.load(network_path)
         else:
             network = stack.enter_context(Fabric(recording.ranks, mirror)).network
-        run(
-            recording,
-            network,
-            shadow_s=shadow_s,
-            say=lambda line: click.echo(line, err=True),
-            progress=lambda done, total: progress("iterations", done, total),
-        )
+        if recording.hook and shadow_s:
+            click.echo(f"plan: {recording.out / 'plan.json'}; to shadow: flowcheck run PLAN --out DIR", err=True)
+        run(replace(recording, network=network), lambda done, total: progress("iterations", done, total))
 
 
 @main.command()

@@ -7,6 +7,7 @@ that link's capture file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import flowcheck
+from flowcheck import describe
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from workload_gen import backend, gpt, recorded_plan
@@ -48,11 +50,6 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "nadam": ("NAdam", {"lr": 0.002}),
     "radam": ("RAdam", {"lr": 0.001}),
 }
-
-
-_FULL_STATES_KEPT = 3
-#: What a live job's folder holds before it trains.
-_OF_A_LIVE_JOB = {"plan.json", "shadow.json"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,12 @@ class Recording:
     #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
     truth: Literal["states", "digests", "none"] = "states"
     steps: bool = False
-    #: A full state goes into `states` after every so many iterations; 0: none does.
+    #: The hook writes the plan and sends step records; without it the plan of a recording is written from what was seen.
+    hook: bool = False
+    #: The hook's: a full state goes into `states` after every so many iterations, 0: none does; and how long to wait for
+    #: a shadow.
     full_state_every: int = 0
+    shadow_s: float = 0.0
 
     def layout(self) -> plans.Layout:
         """Return the library's layout; ConfigError if the version cannot have the options.
@@ -141,7 +142,10 @@ class _Rank:
         self.tap = LinkTap(self.layout, self._connections(rank), self._capture) if rank in links else None
         self._groups = backend.register(self.layout, self._ring)
         store = dist.FileStore(rendezvous, recording.ranks)
-        dist.init_process_group(backend.NAME, store=store, rank=rank, world_size=recording.ranks)
+        # What is not the training's goes over a group of its own, inside this machine.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=recording.ranks)
+        self._group = flowcheck.group(backend.NAME)
 
     def _ring(self, layout: plans.Layout, rank: int, store: dist.Store) -> backend.AnyRing:
         if self.recording.network is None:
@@ -171,7 +175,7 @@ class _Rank:
         optimizer = getattr(torch.optim, name)(model.parameters(), **options, **form)
         if self.tap:
             self.tap.recording = recording.startup
-        ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb, process_group=self._group)
         if self.tap:
             self.tap.recording = True
         if self.rank == 0 and not recording.startup:
@@ -187,18 +191,19 @@ class _Rank:
             begin = flowcheck.resume(ddp, optimizer, recording.resume, lambda: backward(1))
         operations = self._groups[0].operations
         startup, seen = list(operations), []
-        for iteration in range(begin + 1, recording.iterations + 1):
-            operations.clear()
-            optimizer.zero_grad(set_to_none=True)
-            backward(iteration)
-            if self.rank == 0 and self.links and iteration <= 2:
-                seen.append((list(operations), recorded_plan.buckets_of(ddp)))
-                if iteration == min(2, recording.iterations):
-                    self._write_plan(model, optimizer, startup if recording.startup else None, seen)
-            optimizer.step()
-            if self.rank == 0:
-                self._note(iteration, model, optimizer)
-                done(iteration)
+        with self._attach(ddp, optimizer) if recording.hook else contextlib.nullcontext():
+            for iteration in range(begin + 1, recording.iterations + 1):
+                operations.clear()
+                optimizer.zero_grad(set_to_none=True)
+                backward(iteration)
+                if self.rank == 0 and self.links and not recording.hook and iteration <= 2:
+                    seen.append((list(operations), describe.rebuilt_buckets(ddp) or describe.first_buckets(ddp)))
+                    if iteration == min(2, recording.iterations):
+                        self._write_plan(model, optimizer, startup if recording.startup else None, seen)
+                optimizer.step()
+                if self.rank == 0:
+                    self._note(iteration, model, optimizer)
+                    done(iteration)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes())
@@ -206,6 +211,38 @@ class _Rank:
         if self.tap:
             self.tap.close()
         return digest.hexdigest()
+
+    def _attach(self, ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> flowcheck.training.Attached:
+        """Have the job shadowed: live by the monitor ports' streams, else by the links' capture files."""
+        recording = self.recording
+        if recording.network:
+            shown = {rank: [rank, (rank - 1) % recording.ranks] for rank in recording.network.monitors}
+            streams = [
+                {
+                    "name": f"host{rank}",
+                    "links": links,
+                    "host": [self._connections(rank)[0].forward.source],
+                    "interface": recording.network.monitors[rank],
+                }
+                for rank, links in shown.items()
+            ]
+        else:
+            shown = {link: [link] for link in sorted(recording.links or (0, recording.ranks - 1))}
+            streams = [{"name": f"link-{link}", "links": [link]} for link in shown]
+        links = sorted({link for some in shown.values() for link in some})
+        wire = recorded_plan.network(self.layout, {link: self._connections(link) for link in links}, streams)
+        if not recording.startup:
+            wire["startup"] = []  # the tap has counted nothing before this
+        return flowcheck.attach(
+            ddp,
+            optimizer,
+            plan_url=recording.out,
+            wire=wire,
+            run_id=f"trained-gpt-seed{recording.seed}",
+            full_state_every=recording.full_state_every,
+            wait_s=recording.shadow_s,
+            required=True,
+        )
 
     def _note(self, iteration: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Leave what this iteration's truth is."""
@@ -219,12 +256,6 @@ class _Rank:
                 recording.out / "steps.jsonl", "a", opener=lambda path, flags: os.open(path, flags, 0o600)
             ) as file:
                 file.write(json.dumps(row) + "\n")
-        if recording.full_state_every and iteration % recording.full_state_every == 0:
-            folder = recording.out / "states"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            _write(folder / f"state-{iteration:06}.pt", lambda path: torch.save(state, path))
-            for old in sorted(folder.glob("state-*.pt"))[:-_FULL_STATES_KEPT]:
-                old.unlink()
         if recording.truth == "states":
             truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
             _write(truth, lambda path: torch.save(state, path))
@@ -235,8 +266,6 @@ class _Rank:
             run_id=f"recorded-gpt-seed{recording.seed}",
             model=model,
             optimizer=optimizer,
-            form="fused" if recording.fused else "default",
-            options=OPTIMIZERS[recording.optimizer][1],
             layout=self.layout,
             links={link: self._connections(link) for link in self.links},
             startup=startup,
@@ -271,7 +300,7 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
         FlowCheckError: a rank failed.
     """
     out = recording.out
-    if out.exists() and any(path.name not in _OF_A_LIVE_JOB for path in out.iterdir()):
+    if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty; name a new folder")
     links = (
         () if recording.resume or recording.network else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))

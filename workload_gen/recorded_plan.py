@@ -6,53 +6,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
+from flowcheck import describe
 from flowcheck.plan import Layout
 from workload_gen.backend import Operation
 from workload_gen.wire import Connection
 
-__all__ = ["buckets_of", "document"]
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def buckets_of(model: DistributedDataParallel) -> list[list[str]]:
-    """Return the names of the parameters in each bucket that DDP reduces now, in order.
-
-    Before it has rebuilt its buckets: one with all parameters as they were registered (torch 2.13, all of one dtype).
-    """
-    names = [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
-    model.logger.set_runtime_stats_and_log()
-    data = model.logger._get_ddp_logging_data().strs_map
-    if "rebuilt_per_bucket_param_indices" not in data:
-        return [names]
-    return [
-        [names[int(index)] for index in part.split()] for part in data["rebuilt_per_bucket_param_indices"].split(",")
-    ]
+__all__ = ["document", "network"]
 
 
 def _collective(operation: Operation, carries: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"op": operation.op, "dtype": _dtype(operation.dtype), "elements": operation.elements}
+    entry: dict[str, Any] = {
+        "op": operation.op,
+        "dtype": describe.dtype_name(operation.dtype),
+        "elements": operation.elements,
+    }
     if operation.op == "broadcast":
         entry["root"] = operation.root
     return entry | ({"carries": "initial_state"} if carries else {})
 
 
-def _bucket(shapes: dict[str, torch.Size], names: list[str], reduced: Operation) -> dict[str, Any]:
-    offset, parameters = 0, []
-    for name in names:
-        parameters.append({"name": name, "shape": list(shapes[name]), "offset": offset})
-        offset += shapes[name].numel()
-    if offset != reduced.elements:
-        raise AssertionError(f"parameters of {offset} elements went into a bucket of {reduced.elements}")
-    return {"dtype": _dtype(reduced.dtype), "elements": offset, "parameters": parameters}
-
-
 def _revision(
-    first: int, operations: list[Operation], buckets: list[list[str]], shapes: dict[str, torch.Size]
+    first: int, operations: list[Operation], buckets: list[list[str]], parameters: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     reduces = [operation for operation in operations if operation.op == "all_reduce"]
     before = operations[: operations.index(reduces[0])]
@@ -61,7 +36,33 @@ def _revision(
     return {
         "from_iteration": first,
         "before": [_collective(operation, False) for operation in before],
-        "buckets": [_bucket(shapes, names, reduced) for names, reduced in zip(buckets, reduces, strict=True)],
+        "buckets": [describe.bucket(parameters, names) for names, _ in zip(buckets, reduces, strict=True)],
+    }
+
+
+def network(layout: Layout, links: dict[int, list[Connection]], streams: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the parts of a plan that describe the network.
+
+    Args:
+        layout: the library's.
+        links: the connections of each mirrored link, fresh: as they were before the first packet.
+        streams: the plan's entries.
+    """
+    return {
+        "layout": layout.model_dump(mode="json", exclude_none=True),
+        "connections": [
+            {
+                "edge": c.edge,
+                "channel": c.channel,
+                "source": c.forward.source,
+                "destination": c.forward.destination,
+                "proof": {"kind": "queue_pair", "data": c.data_queue_pairs, "credit": c.credit_queue_pairs},
+                "start_psn": c.psn[0],
+            }
+            for connections in links.values()
+            for c in connections
+        ],
+        "streams": streams,
     }
 
 
@@ -70,8 +71,6 @@ def document(
     run_id: str,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    form: str,
-    options: dict[str, Any],
     layout: Layout,
     links: dict[int, list[Connection]],
     startup: list[Operation] | None,
@@ -82,19 +81,16 @@ def document(
     Args:
         run_id: of the job.
         model: that was trained, not wrapped; all its parameters of one dtype.
-        optimizer: its class and state are the trainer's.
-        form: "default" or "fused".
-        options: of its one param group.
+        optimizer: the trainer's.
         layout: the library's.
         links: the connections of each mirrored link, fresh: as they were before the first packet.
         startup: what came before the first iteration; None if nobody saw it: the initial state is then `initial.pt`.
         iterations: per revision, the operations of its first iteration and the names in its buckets.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    dtype = _dtype(next(model.parameters()).dtype)
+    parameters = dict(model.named_parameters())
+    dtype = describe.dtype_name(next(model.parameters()).dtype)
     # DDP first compares the parameters' number and sizes, then broadcasts their values.
-    carriers = [op for op in startup or [] if op.op == "broadcast" and _dtype(op.dtype) == dtype]
+    carriers = [op for op in startup or [] if op.op == "broadcast" and describe.dtype_name(op.dtype) == dtype]
     return {
         "format": "flowcheck-plan",
         "version": 1,
@@ -104,46 +100,16 @@ def document(
                 "name": "model",
                 "startup": [_collective(op, op in carriers) for op in startup or []],
                 "revisions": [
-                    _revision(number + 1, operations, buckets, shapes)
+                    _revision(number + 1, operations, buckets, parameters)
                     for number, (operations, buckets) in enumerate(iterations)
                 ],
-                "layout": layout.model_dump(mode="json", exclude_none=True),
-                "connections": [
-                    {
-                        "edge": c.edge,
-                        "channel": c.channel,
-                        "source": c.forward.source,
-                        "destination": c.forward.destination,
-                        "proof": {"kind": "queue_pair", "data": c.data_queue_pairs, "credit": c.credit_queue_pairs},
-                        "start_psn": c.psn[0],
-                    }
-                    for connections in links.values()
-                    for c in connections
-                ],
-                "streams": [{"name": f"link-{link}", "links": [link]} for link in links],
+                **network(layout, links, [{"name": f"link-{link}", "links": [link]} for link in links]),
             }
         ],
-        "state": [
-            {
-                "key": key,
-                "kind": "parameter",
-                "dtype": dtype,
-                "shape": list(value.shape),
-                "parameter": owners[id(value)],
-            }
-            for key, value in model.state_dict(keep_vars=True).items()
-        ],
-        "initial_state": {"source": "broadcast", "tensors": list(shapes)}
+        "state": describe.state_entries(model),
+        "initial_state": {"source": "broadcast", "tensors": list(parameters)}
         if startup
         else {"source": "file", "path": "initial.pt"},
-        "optimizer": {
-            "class": type(optimizer).__name__,
-            "form": form,
-            "groups": [{"parameters": list(shapes), "options": options}],
-        },
-        "arithmetic": {
-            "torch": torch.__version__.split("+")[0],
-            "device": "cpu",
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
+        "optimizer": describe.optimizer_entry(optimizer, {id(p): name for name, p in parameters.items()}),
+        "arithmetic": describe.arithmetic("cpu"),
     }

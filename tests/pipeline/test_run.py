@@ -60,9 +60,6 @@ def test_every_iteration_of_a_live_job_has_the_trainers_bits(tmp_path, settings)
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in scratch.rglob("*")}
         said = job.stop(shadow)
         check(job, job.iterations)
-        _, logged = states(job.out)
-        ended = {i: row["ended_ns"] for i, row in job.steps().items()}
-        lags = [sum(logged[j] > ended[i] for j in range(1, i + 1)) for i in ended]
     assert f"committed to iteration {job.iterations}, 0 incomplete" in said
     assert set(modes.values()) == {0o600}, modes
     assert not scratch.exists() and not (job.job / "shadow.json").exists()
@@ -71,7 +68,7 @@ def test_every_iteration_of_a_live_job_has_the_trainers_bits(tmp_path, settings)
     assert packets["missed_by_port"] == packets["dropped_ring_full"] == 0
     judged = sum(v for k, v in packets.items() if isinstance(v, int) and k not in ("received", "missed_by_port"))
     assert judged == packets["received"] > 100
-    assert max(lags) <= 2, lags  # at most one in the usual case; a test machine may stall
+    assert report["audited_to"] == 2 and report["alarms"] == []
 
 
 def test_without_the_mirror_training_goes_on_and_nothing_is_committed(tmp_path):

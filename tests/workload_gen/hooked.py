@@ -43,9 +43,9 @@ class Rank:
         options.setdefault("wait_s", 0)
         return flowcheck.attach(ddp, optimizer, plan_url=self.folder, wire=self.wire, **options)
 
-    def note(self, ddp, optimizer, extra=None):
+    def note(self, ddp, optimizer, extra=()):
         state = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict()}
-        self.truth.append((digest(state), extra))
+        self.truth.append((digest(state), [value.tolist() for value in extra]))
 
 
 def _one(script, rank, ranks, folder, layout, links, queue):
@@ -109,7 +109,10 @@ def replayed(folder, links=(0, 2)):
 
 def shadowed(folder):
     """Return the digest of every committed state and its extra state, by iteration."""
-    return {i: (digest(state), state["extra"]) for i, state in states_after(folder / "out")}
+    return {
+        i: (digest(state), {name: value.clone() for name, value in state["extra"].items()})
+        for i, state in states_after(folder / "out")
+    }
 
 
 def plan_of(folder):
