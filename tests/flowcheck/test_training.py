@@ -2,15 +2,23 @@
 """The hook in real DDP scripts: what it writes and sends is enough to rebuild every state, bit for bit."""
 
 import contextlib
+import struct
 import warnings
+import zlib
 
 import pytest
 import torch
+from scapy.utils import RawPcapNgReader
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 
+from flowcheck import plan as plans
 from flowcheck.errors import FlowCheckError
+from flowcheck.verdicts import VERDICTS
+from packet_parser.parser import Parser
+from tests.jobs import ring_of
 from tests.workload_gen import hooked
 from updater.restore import restore
+from workload_gen.pcapng import PcapngWriter
 
 STEPS = 12
 
@@ -493,3 +501,83 @@ def test_what_was_not_declared_raises_on_the_trainer(tmp_path):
         "clipped twice": "clipped already",
     }
     assert all(words[name] in said[name] for name in words), said
+
+
+def spoil(folder, link, iteration, change):
+    """Put `change(frame)` in place of each frame of a link that brings a byte of an iteration's step record."""
+    plan = plans.load(folder / "plan.json")
+    path = folder / f"link-{link}.pcapng"
+    with RawPcapNgReader(str(path)) as reader:
+        frames = [bytes(packet) for packet, _ in reader]
+    ring = ring_of(folder, plan, frames, stream=f"link-{link}")
+    parser = Parser(ring, plan, f"link-{link}")
+    while not parser.finished:
+        parser.poll()
+    parser.close()
+    chosen = {
+        i for i in range(len(frames))
+        if ring.record(i)["iteration"][0] == iteration and ring.record(i)["verdict"][0] == VERDICTS.index("step_record")
+    }  # fmt: skip
+    assert chosen
+    ring.close()
+    ring.path.unlink()
+    kept = [change(frame) if i in chosen else frame for i, frame in enumerate(frames)]
+    path.unlink()
+    writer = PcapngWriter(path)
+    for number, frame in enumerate(filter(None, kept)):
+        writer.write(frame, 10**18 + 700 * number)
+    writer.close()
+
+
+def outcome(folder):
+    return [(row["iteration"], row["state"], row["reason"]) for row in hooked.replayed(folder)["iterations"]]
+
+
+def test_a_lost_record_is_taken_from_the_next_one(tmp_path):
+    truth = hooked.run(plain, tmp_path)[0][0]
+    for link in (0, 2):
+        spoil(tmp_path, link, 5, lambda frame: None)
+    assert outcome(tmp_path) == [(i, "committed", None) for i in range(1, STEPS + 1)]
+    assert {i: d for i, (d, _) in hooked.shadowed(tmp_path).items()} == {i: d for i, (d, _) in enumerate(truth, 1)}
+
+
+def test_a_record_that_is_lost_with_its_repetition_leaves_its_iteration_incomplete(tmp_path):
+    hooked.run(plain, tmp_path)
+    for link in (0, 2):
+        spoil(tmp_path, link, 5, lambda frame: None)
+        spoil(tmp_path, link, 6, lambda frame: None)
+    assert outcome(tmp_path) == [
+        *((i, "committed", None) for i in range(1, 5)),
+        (5, "incomplete", "step_record"),
+        *((i, "waiting", None) for i in range(6, STEPS + 1)),
+    ]
+
+
+def test_any_edge_that_the_contributor_does_not_receive_on_shows_the_whole_record(tmp_path):
+    hooked.run(plain, tmp_path)
+    spoil(tmp_path, 0, 5, lambda frame: None)
+    spoil(tmp_path, 0, 6, lambda frame: None)
+    report = hooked.replayed(tmp_path)
+    assert [row["state"] for row in report["iterations"]][:6] == ["committed"] * 6
+
+
+def with_a_wrong_word(frame):
+    """Return a frame whose payload is off by one, its ICRC mended: as if the sum itself had been wrong."""
+    spoilt = bytearray(frame)
+    # The first word of the record, be it behind a RETH and an immediate or not.
+    for at in range(14 + 40 + 8 + 12, len(spoilt) - 4, 4):
+        if spoilt[at : at + 4] == struct.pack("<f", 0x4346):
+            spoilt[at : at + 4] = struct.pack("<f", 0x4347)
+            covered = bytearray(b"\xff" * 8 + spoilt[14:-4])
+            for masked in (8, 9, 10, 11, 15, 8 + 46, 8 + 47, 8 + 52):
+                covered[masked] |= 0x0F if masked == 8 else 0xFF
+            spoilt[-4:] = struct.pack("<I", zlib.crc32(covered))
+            return bytes(spoilt)
+    return frame
+
+
+def test_a_record_with_a_wrong_checksum_commits_nothing(tmp_path):
+    hooked.run(plain, tmp_path)
+    for link in (0, 2):
+        spoil(tmp_path, link, 5, with_a_wrong_word)
+    assert outcome(tmp_path)[3:6] == [(4, "committed", None), (5, "incomplete", "step_record"), (6, "waiting", None)]
