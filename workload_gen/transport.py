@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from flowcheck.plan import Layout
 from workload_gen import frames, wire
 from workload_gen._nic import Nic
 
-__all__ = ["Adapter", "FabricRing"]
+__all__ = ["Adapter", "FabricRing", "Messages"]
 
 #: Of credits that a receiver has posted and nobody read yet.
 _CREDITS_HELD = 64
@@ -203,6 +203,19 @@ class _Program:
         return cls(*ranges, needs, (~coming["final"]).tolist())
 
 
+class Messages(Protocol):
+    """Which messages (`schedule.MESSAGE`) a connection carries of each collective, in the order sent."""
+
+    def all_reduce(self, layout: Layout, edge: int, channel: int, count: int, width: int) -> np.ndarray:
+        """Return those of `count` elements of `width` bytes."""
+
+    def broadcast(self, layout: Layout, edge: int, channel: int, data_bytes: int, root: int) -> np.ndarray:
+        """Return those of `data_bytes` bytes from a rank."""
+
+    def all_gather(self, layout: Layout, edge: int, channel: int, data_bytes: int) -> np.ndarray:
+        """Return those of `data_bytes` bytes of each rank."""
+
+
 class _Channel:
     """One channel's part of an operation, in progress."""
 
@@ -254,7 +267,7 @@ class FabricRing:
         nic: the adapter.
         connections: of an edge, a channel each, as both ends know them (`workload_gen.wire.connections`).
         timeout_s: a collective in which nothing has moved for so long has failed.
-        messages: which elements each message carries; a module like `flowcheck.schedule`.
+        messages: which elements each message carries; `flowcheck.schedule`, or what has its three functions.
     """
 
     def __init__(
@@ -264,7 +277,7 @@ class FabricRing:
         nic: Nic,
         connections: Callable[[int], Iterable[wire.Connection]],
         timeout_s: float = 60.0,
-        messages: ModuleType = schedule,
+        messages: Messages = schedule,
     ) -> None:
         self.layout, self.rank, self.size, self.timeout_s = layout, rank, len(layout.ring), timeout_s
         self._nic, self._messages = nic, messages
