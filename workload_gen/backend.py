@@ -7,8 +7,10 @@ torch.distributed.init_process_group("flowcheck", ...)
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +44,7 @@ class AnyRing(Protocol):
 
 @dataclass(frozen=True)
 class Operation:
-    """A collective that a group has done: `elements` per rank of `dtype`, from rank `root` if a broadcast."""
+    """A collective that a group was given: `elements` per rank of `dtype`, from rank `root` if a broadcast."""
 
     op: str
     dtype: torch.dtype
@@ -50,87 +52,133 @@ class Operation:
     root: int = 0
 
 
-class _Done(dist._Work):
-    """The handle of a collective that is done."""
+class _Work(dist._Work):
+    """The handle of a collective that the group's worker does, now or later."""
 
-    def __init__(self, result: list[Any]) -> None:
+    def __init__(self, done: concurrent.futures.Future[None], result: list[Any]) -> None:
         super().__init__()
-        self._future: torch.futures.Future[list[Any]] = torch.futures.Future()
-        self._future.set_result(result)
+        self._done, self._result = done, result
 
-    def wait(self, timeout: Any = None) -> bool:
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._done.result(timeout.total_seconds() if timeout else None)
         return True
 
     def is_completed(self) -> bool:
-        return True
+        return self._done.done()
+
+    def is_success(self) -> bool:
+        return self._done.done() and self._done.exception() is None
+
+    def result(self) -> list[Any]:
+        return self._result
 
     def get_future(self) -> torch.futures.Future[list[Any]]:
-        return self._future
+        # Only a callback that raises makes a future that has failed for C++ too; `set_exception` makes one whose value
+        # is the exception, which DistributedDataParallel would take for its tensors.
+        begin: torch.futures.Future[None] = torch.futures.Future()
+        answer = begin.then(lambda _: self._done.result() or self._result)
+        self._done.add_done_callback(lambda _: begin.set_result(None))
+        return answer
 
 
 class RingGroup(dist.ProcessGroup):
-    """A process group whose collectives go round the ring; each is done when its call returns.
+    """A process group whose collectives go round the ring, one after another as they were issued, in a thread of their own.
 
-    Sums only. `operations` lists what was done, in order.
+    Sums only. A tensor belongs to the group until its handle is done. A collective that fails (`ConnectionError` where a
+    neighbour is gone) fails all that follow. The handle's `wait` raises what happened; its future, and so DDP's backward,
+    a RuntimeError that quotes it. `operations` lists what was issued, in order.
     """
 
     def __init__(self, rank: int, ring: AnyRing) -> None:
         super().__init__(rank, ring.size)
         self.ring = ring
         self.operations: list[Operation] = []
+        # Its exit handler does what is left of the work before the process ends.
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=NAME)
+        self._failure: Exception | None = None
 
     def getBackendName(self) -> str:
         """Return the name that torch knows the backend by."""
         return NAME
 
-    def _note(self, op: str, tensor: torch.Tensor, root: int = 0) -> None:
-        self.operations.append(Operation(op, tensor.dtype, tensor.numel(), root))
+    def _issue(self, operations: list[Operation], work: Callable[[], None], result: list[Any]) -> _Work:
+        self.operations += operations
+        return _Work(self._worker.submit(self._do, work), result)
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> _Done:
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._failure is not None:
+            raise ConnectionError(f"an earlier collective failed: {self._failure}") from self._failure
+        try:
+            with torch.no_grad():
+                work()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         """Sum tensors over all ranks, in place."""
         if opts is not None and opts.reduceOp != dist.ReduceOp.SUM:
             raise ValueError(f"the {NAME} backend reduces by SUM only, not by {opts.reduceOp}")
-        for tensor in tensors:
-            dense = tensor.contiguous()
-            self._note("all_reduce", dense)
-            self.ring.all_reduce(dense)
-            if dense is not tensor:
-                tensor.copy_(dense)
-        return _Done(tensors)
 
-    def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> _Done:
+        def work() -> None:
+            for tensor in tensors:
+                dense = tensor.contiguous()
+                self.ring.all_reduce(dense)
+                if dense is not tensor:
+                    tensor.copy_(dense)
+
+        return self._issue([_operation("all_reduce", tensor) for tensor in tensors], work, tensors)
+
+    def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         """Sum tensors one after another."""
         return self.allreduce(tensors, opts)
 
-    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> _Done:
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> _Work:
         """Give every rank the tensors of rank opts.rootRank."""
-        for tensor in tensors:
-            dense = tensor.detach().contiguous()
-            self._note("broadcast", dense, opts.rootRank)
-            self.ring.broadcast(dense, opts.rootRank)
-            if dense is not tensor:
-                tensor.detach().copy_(dense)
-        return _Done(tensors)
+        root = opts.rootRank
 
-    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> _Done:
+        def work() -> None:
+            for tensor in tensors:
+                dense = tensor.contiguous()
+                self.ring.broadcast(dense, root)
+                if dense is not tensor:
+                    tensor.copy_(dense)
+
+        return self._issue([_operation("broadcast", tensor, root) for tensor in tensors], work, tensors)
+
+    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> _Work:
         """Give every rank the tensors of all."""
-        for rooms, tensor in zip(outputs, inputs, strict=True):
-            self._note("all_gather", tensor)
-            for room, part in zip(rooms, self.ring.all_gather(tensor.contiguous()), strict=True):
-                room.copy_(part)
-        return _Done(outputs)
 
-    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> _Done:
+        def work() -> None:
+            for rooms, tensor in zip(outputs, inputs, strict=True):
+                for room, part in zip(rooms, self.ring.all_gather(tensor.contiguous()), strict=True):
+                    room.copy_(part)
+
+        return self._issue([_operation("all_gather", tensor) for tensor in inputs], work, outputs)
+
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> _Work:
         """Give every rank the tensors of all, one after another in one tensor."""
-        self._note("all_gather", tensor)
-        output.copy_(torch.cat([part.view(-1) for part in self.ring.all_gather(tensor.contiguous())]).view_as(output))
-        return _Done([output])
+
+        def work() -> None:
+            parts = self.ring.all_gather(tensor.contiguous())
+            output.copy_(torch.cat([part.view(-1) for part in parts]).view_as(output))
+
+        return self._issue([_operation("all_gather", tensor)], work, [output])
 
     _allgather_base = all_gather_single  # torch's name for it before 2.13
 
-    def barrier(self, opts: Any = None) -> _Done:
+    def barrier(self, opts: Any = None) -> _Work:
         """Wait for all ranks: an all-reduce of one element, as the library does it."""
         return self.allreduce([torch.zeros(1)])
+
+    def shutdown(self) -> None:
+        """Do what was issued, then leave the ring."""
+        self._worker.shutdown()
+        self.ring.close()
+
+
+def _operation(op: str, tensor: torch.Tensor, root: int = 0) -> Operation:
+    return Operation(op, tensor.dtype, tensor.numel(), root)
 
 
 def register(layout: Layout, make_ring: Callable[[Layout, int, dist.Store], AnyRing] = Ring) -> list[RingGroup]:

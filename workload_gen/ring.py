@@ -8,6 +8,8 @@ loops together, since that changes no sum; what one link would have shown, messa
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import queue
 import socket
 import struct
@@ -53,6 +55,8 @@ class Ring:
 
     def __init__(self, layout: Layout, rank: int, store: Store, tap: Tap | None = None) -> None:
         self.layout, self.rank, self.size, self.tap = layout, rank, len(layout.ring), tap
+        # A job does the same few collectives all the time.
+        self._chunks = functools.lru_cache(maxsize=128)(self._chunks_of)
         self._outgoing: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         with tempfile.TemporaryDirectory(prefix="flowcheck-ring-") as folder:
             path = str(Path(folder) / "next")
@@ -87,24 +91,33 @@ class Ring:
             while len(part):
                 count = self._previous.recv_into(part)
                 if not count:
-                    raise ConnectionError(f"rank {(self.rank - 1) % self.size} has left the ring")
+                    raise self._broken("has left the ring")
                 part = part[count:]
         if _LENGTH.unpack(head)[0] != len(view):
-            raise ConnectionError(f"rank {(self.rank - 1) % self.size} does another collective than rank {self.rank}")
+            raise self._broken(f"does another collective than rank {self.rank}")
 
-    def _chunks(self, count: int, width: int) -> list[torch.Tensor]:
-        """Return per chunk number the indices of its elements, over all channels and loops."""
-        chunks = []
+    def _broken(self, what: str) -> ConnectionError:
+        """Tell the next rank that the ring is broken, or it would wait; return what to raise."""
+        with contextlib.suppress(OSError):
+            self._next.shutdown(socket.SHUT_RDWR)
+        return ConnectionError(f"rank {(self.rank - 1) % self.size} {what}")
+
+    def _chunks_of(self, count: int, width: int) -> list[list[slice]]:
+        """Return per chunk number where its elements lie, over all channels and loops."""
         slices = schedule.PROTOCOLS[self.layout.protocol].slices
+        chunks: list[list[slice]] = []
         for number in range(self.size):
-            parts = [np.empty(0, np.int64)]
+            chunks.append([])
             for channel in range(self.layout.channels):
                 # The first fully reduced chunk that position c sends in a loop is chunk c.
                 messages = schedule.all_reduce(self.layout, number, channel, count, width)
                 loops = messages.reshape(-1, 2 * (self.size - 1), slices)
-                for message in loops[:, self.size - 1].ravel():
-                    parts.append(np.arange(message["first"], message["first"] + message["elements"]))
-            chunks.append(torch.from_numpy(np.concatenate(parts)))
+                for first, elements, _ in loops[:, self.size - 1].ravel().tolist():
+                    if elements:
+                        chunks[-1].append(slice(first, first + elements))
+        covered = sum(part.stop - part.start for chunk in chunks for part in chunk)
+        if covered != count:
+            raise AssertionError(f"the chunks hold {covered} of {count} elements")
         return chunks
 
     def _settle(self) -> None:
@@ -117,21 +130,19 @@ class Ring:
         """Sum a contiguous tensor over all ranks, in place."""
         own = tensor.view(-1).clone()
         chunks = self._chunks(own.numel(), own.element_size())
-        if sum(map(len, chunks)) != own.numel():
-            raise AssertionError(f"the chunks hold {sum(map(len, chunks))} of {own.numel()} elements")
         partial, result = own.clone(), torch.empty_like(own)
         for send in range(2 * (self.size - 1)):
             source = partial if send < self.size - 1 else result
-            self._send(_bytes(source[chunks[(self.rank - 1 - send) % self.size]]))
-            number = (self.rank - 2 - send) % self.size
-            received = torch.empty(len(chunks[number]), dtype=own.dtype)
+            self._send(_bytes(_joined(source, chunks[(self.rank - 1 - send) % self.size])))
+            chunk = chunks[(self.rank - 2 - send) % self.size]
+            received = torch.empty(sum(part.stop - part.start for part in chunk), dtype=own.dtype)
             self._receive(_bytes(received))
-            if send < self.size - 2:
-                partial[chunks[number]] = own[chunks[number]] + received
-            elif send == self.size - 2:
-                result[chunks[number]] = own[chunks[number]] + received
-            else:
-                result[chunks[number]] = received
+            target = partial if send < self.size - 2 else result
+            begin = 0
+            for part in chunk:
+                end = begin + part.stop - part.start
+                target[part] = own[part] + received[begin:end] if send < self.size - 1 else received[begin:end]
+                begin = end
         tensor.view(-1).copy_(result)
         if self.tap:
             self.tap.all_reduce(partial, result)
@@ -167,6 +178,11 @@ class Ring:
         self._writer.join()
         self._next.close()
         self._previous.close()
+
+
+def _joined(flat: torch.Tensor, parts: list[slice]) -> torch.Tensor:
+    """Return a copy of the elements of some parts, one after another."""
+    return torch.cat([flat[:0], *(flat[part] for part in parts)])
 
 
 def _bytes(flat: torch.Tensor) -> np.ndarray:
