@@ -37,6 +37,13 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
+def _like(old: float | tuple[float, ...], new: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    """Return a number, or numbers, of a record as an int where the script has one: so that nothing but its value can differ."""
+    if isinstance(new, tuple):
+        return tuple(map(_like, old, new))
+    return int(new) if isinstance(old, int) and new.is_integer() else new
+
+
 class ModelState:
     """Model and optimizer of a plan, at first without values: `load_*` gives them, then `step` moves them on.
 
@@ -178,7 +185,8 @@ class ModelState:
     def _step_as(self, step: Step) -> None:
         """Do what the trainer did between reduction and step, with torch's own operations, then step."""
         for number, values in step.hyperparameters.items():
-            self.optimizer.param_groups[number].update(values)
+            group = self.optimizer.param_groups[number]
+            group.update({name: _like(group[name], value) for name, value in values.items()})
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         fused = self.plan.optimizer.form == "fused"
         if step.scale is not None and not step.unscaled_in_step:

@@ -61,15 +61,14 @@ torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "i
 """
 
 
-def shadowed(folder):
-    """Record a job of four iterations, checkpoint three of them; return recording and checkpoint directory."""
-    recording, out = folder / "recording", folder / "checkpoints"
-    record = "from workload_gen.cli import main; main()"
-    job = ("--params", "2000", "--iterations", "4", "--bucket-mb", "0.01")
-    run(sys.executable, "-c", record, "record", *job, "--out", recording, cwd=ROOT)
+JOB = ("--params", "2000", "--iterations", "4", "--bucket-mb", "0.01")
+
+
+def shadowed(recording, out):
+    """Replay a recording into a checkpoint directory, every iteration."""
     streams = [word for n in (0, 1) for word in ("--stream", f"link-{n}={recording / f'link-{n}.pcapng'}")]
-    run(sys.executable, "-m", "flowcheck", "replay", recording / "plan.json", *streams, "--out", out, cwd=ROOT)
-    return recording, out, job
+    replay = (sys.executable, "-m", "flowcheck", "replay", recording / "plan.json", *streams, "--require-complete")
+    run(*replay, "--out", out, cwd=ROOT)
 
 
 @pytest.mark.dpdk
@@ -89,12 +88,20 @@ def test_a_pure_wheel_for_training_hosts_needs_no_compiler(tmp_path):
     commands = tmp_path / "env" / "bin"
     assert "without DPDK" in run(commands / "flowcheck", "--version", cwd=tmp_path)
 
-    recording, out, job = shadowed(tmp_path)
+    recording, out = tmp_path / "recording", tmp_path / "checkpoints"
+    workload = commands / "flowcheck-workload"
+    run(workload, "record", *JOB, "--out", recording, cwd=tmp_path)
+    shadowed(recording, out)
+    hooked = tmp_path / "hooked"
+    run(workload, "record", *JOB, "--hook", "--out", hooked, cwd=tmp_path)
+    shadowed(hooked, tmp_path / "of-the-hook")
+    last = (tmp_path / "of-the-hook@4", hooked / "truth" / "iteration-000004.pt")
+    assert "equal" in run(sys.executable, "-m", "flowcheck", "diff", *last, cwd=ROOT)
+
     run(python, "-c", GO_ON, f"{out}@3", tmp_path / "loaded.pt", cwd=tmp_path)
     same = ("diff", recording / "truth" / "iteration-000003.pt", tmp_path / "loaded.pt")
     assert "equal" in run(commands / "flowcheck", *same, cwd=tmp_path)
-    resumed = (*job, "--resume", tmp_path / "loaded.pt", "--out", tmp_path / "resumed")
-    run(commands / "flowcheck-workload", "record", *resumed, cwd=tmp_path)
+    run(workload, "record", *JOB, "--resume", tmp_path / "loaded.pt", "--out", tmp_path / "resumed", cwd=tmp_path)
     last = [folder / "truth" / "iteration-000004.pt" for folder in (recording, tmp_path / "resumed")]
     assert "equal" in run(commands / "flowcheck", "diff", *last, cwd=tmp_path)
 

@@ -241,3 +241,33 @@ def test_loss_and_reordering_on_a_training_cable_change_nothing(tmp_path):
         check(job, 15)
         rows = map(json.loads, (clean / "steps.jsonl").read_text().splitlines())
         assert {row["iteration"]: row["digest"] for row in rows} == digests(job.out)
+
+
+@pytest.mark.nightly
+def test_five_hundred_iterations_without_one_incomplete(tmp_path):
+    """A million parameters; the state after every iteration compared. How fast and how far behind is printed, not asserted."""
+    from flowcheck import interfaces
+
+    iterations = 500
+    with LiveJob(tmp_path, iterations=iterations, params=1_000_000, options=("--fused", "--bucket-mb", "1")) as job:
+        trainer, shadow = job.train(), job.shadow()
+        monitor = job.fabric.monitors[0]
+        until((job.job / "shadow.json").exists, "the shadow")
+        before = interfaces.received_bytes(monitor)
+        assert trainer.wait(280) == 0, trainer.stderr.read()
+        mirrored = interfaces.received_bytes(monitor) - before
+        until(lambda: job.status()["last_committed"] == iterations, "the last iteration")
+        report = job.status()
+        job.stop(shadow)
+        check(job, iterations)
+        _, logged = states(job.out)
+        steps = job.steps()
+    assert report["audited_to"] == 499 and report["alarms"] == []
+    assert report["packets"]["missed_by_port"] == report["packets"]["dropped_ring_full"] == 0
+    ended = {i: row["ended_ns"] for i, row in steps.items()}
+    lags = [sum(logged[j] > ended[i] for j in range(max(1, i - 10), i + 1)) for i in ended]
+    seconds = (ended[iterations] - ended[1]) / 1e9
+    print(
+        f"\n{mirrored * 8 / seconds / 1e9:.2f} Gbit/s mirrored over {seconds:.1f} s, most behind {max(lags)}, "
+        f"steps that ended more than one behind: {sum(lag > 1 for lag in lags)}"
+    )
