@@ -85,6 +85,7 @@ class LearnedLayout(_Model):
     immediate: Immediate
     slot_bytes: Annotated[int, Field(ge=16, lt=2**32)]
     message_steps: Literal[1, 2, 4]
+    operation_steps: Literal[1, 2, 4, 8] = 1
     split_above: Count | None = None
     link_gbps: Annotated[int, Field(ge=1, le=3200)] = 400
     operations: Annotated[tuple[LearnedOperation, ...], Field(min_length=1)]
@@ -120,7 +121,9 @@ class LearnedLayout(_Model):
             raise ValueError(f"ring {list(self.ring)} is not an order of the ranks 0 to {ranks - 1}")
         for number, anchor in enumerate(self.anchors):
             if len(anchor.psn) != self.queue_pairs:
-                raise ValueError(f"anchors[{number}].psn has {len(anchor.psn)} numbers for {self.queue_pairs} queue pair(s)")
+                raise ValueError(
+                    f"anchors[{number}].psn has {len(anchor.psn)} numbers for {self.queue_pairs} queue pair(s)"
+                )
         for number, operation in enumerate(self.operations):
             if len(operation.messages) != connections:
                 raise ValueError(
@@ -138,4 +141,6 @@ class LearnedLayout(_Model):
         for dtype, elements in kinds:
             if (dtype, elements) not in self.tables:
                 known = ", ".join(f"{count} {name}" for name, count in self.tables)
-                raise ValueError(f"{where}: an all-reduce of {elements} {dtype} was not learned; layout.operations has {known}")
+                raise ValueError(
+                    f"{where}: an all-reduce of {elements} {dtype} was not learned; layout.operations has {known}"
+                )
