@@ -124,7 +124,12 @@ class _Credits:
             if length != size:
                 continue
             number, sender = field(index, 8), field(tag, 4)
-            if (number > 0).all() and (np.diff(number)[next_] == 1).all() and next_.any() and (sender == sender[0]).all():
+            if (
+                (number > 0).all()
+                and (np.diff(number)[next_] == 1).all()
+                and next_.any()
+                and (sender == sender[0]).all()
+            ):
                 keys = set(field(rkey, 4).tolist())
                 return cls(key, (length, tag, index), int(sender[0]), field(0, 8), keys, number - 1, rows["time_ns"])
         return None
@@ -246,7 +251,11 @@ def observe(collector: Collector, spool: np.ndarray) -> list[Seen]:
         if not len(rows):
             continue
         if rows["has_immediate"].any():
-            data[key] = (begin, end, set(np.unique(rows["rkey"][rows["has_address"] & (rows["address"] != 0)]).tolist()))
+            data[key] = (
+                begin,
+                end,
+                set(np.unique(rows["rkey"][rows["has_address"] & (rows["address"] != 0)]).tolist()),
+            )
         elif (found := _Credits.of(key, rows, spool)) is not None:
             credits_.append(found)
     out = []

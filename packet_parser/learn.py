@@ -194,9 +194,14 @@ class _Connection:
         slots = np.unique(self.messages["slot"]).astype(np.int64)
         apart = int(np.gcd.reduce(np.diff(slots))) if len(slots) > 1 else 0
         count = int(slots[-1] - slots[0]) // apart + 1 if apart else len(slots)
-        if count not in (2, 4, 8):
-            raise LearningError(f"{self.seen}: its messages went to {count} slots, expected {SLOTS}, 4 or 2")
+        if not 2 <= count <= SLOTS:
+            raise LearningError(f"{self.seen}: its messages went to {count} slots, expected 2 to {SLOTS}")
+        count = 1 << (count - 1).bit_length()  # a slot may not have been used yet
         self.base, self.stride, self.steps = int(slots[0]), apart * count // SLOTS, SLOTS // count
+        between = [np.arange(f.at, f.at + f.length - 1) for f in self.found.values()]
+        strides = [self.step(int(i) + 1) - self.step(int(i)) for i in np.concatenate(between)]
+        if strides:  # other collectives may take shorter ones
+            self.steps = int(np.bincount(np.array(strides) % SLOTS).argmax())
         if self.protocol != "simple":
             # Flags tell the step, so the slot of each is known, whatever was seen of the eight.
             self.steps, self.stride = 1, apart
@@ -224,9 +229,7 @@ def _candidates(connection: _Connection, group: _Group, ranks: int, begin: int) 
     wire, run = connection.messages["wire"], connection.run
     count = len(group.passes)
     partly = len(learning.rank_groups(group.kind[0], ranks)) > 1
-    allowed = [
-        {_CLASS[step.sort], *([_ZERO] if partly or step.sort != "who" else [])} for step in group.passes
-    ]
+    allowed = [{_CLASS[step.sort], *([_ZERO] if partly or step.sort != "who" else [])} for step in group.passes]
     for at in np.flatnonzero(np.isin(kinds, list(allowed[0]))):
         if at < begin:
             continue
@@ -297,6 +300,9 @@ def _read(connection: _Connection, group: _Group, found: _Found, ranks: int, che
         if count < capacity - least:
             return f"message {place}, of {capacity} elements from {first} on, has only the first {count} right in every pass"
         sure = max(capacity - least, 1)
+        if not there[:count].any():
+            rows.append((-1, capacity, contributed, wire, capacity))
+            continue
         # An element that does not show is no evidence against being a tail.
         count = max(int(np.flatnonzero(there[:count])[-1]) + 1, min(sure, count))
         rows.append((first, count, contributed, wire, sure))
@@ -316,7 +322,9 @@ def _groups(passes: Sequence[Pass]) -> list[_Group]:
         elif groups and groups[-1].kind == (step.dtype, step.elements):
             groups[-1].passes.append(step)
         else:
-            raise LearningError(f"pass {index}, {step.document()}, follows none of its kind: expected who, where, check")
+            raise LearningError(
+                f"pass {index}, {step.document()}, follows none of its kind: expected who, where, check"
+            )
     return groups
 
 
@@ -600,6 +608,7 @@ class _Document:
             "immediate": self._immediate(),
             "slot_bytes": self._common("distance of slots", [c.stride for c in self.connections]),
             "message_steps": self._common("steps of a message", [c.steps for c in self.connections]),
+            "operation_steps": self._operation_steps(),
             "split_above": self._split_above(),
             "operations": [self._operation(kind) for kind in self.kinds],
             "anchors": [{"psn": [0] * len(s.data_queue_pairs), "message": 0, "step": 0} for s in seen],
@@ -625,6 +634,31 @@ class _Document:
     def _first(self, section: int) -> int:
         return next(group.index for group in self.groups if group.section == section)
 
+    def _operation_steps(self) -> int:
+        """Return the least number of which every operation's first step is a multiple, as far as steps are skipped for it."""
+        for multiple in (1, 2, 4, 8):
+            if all(self._begins_on(connection, multiple) for connection in self.connections):
+                return multiple
+        raise LearningError("steps are skipped between all-reduces, and not to begin on a multiple of 2, 4 or 8")
+
+    def _begins_on(self, connection: _Connection, multiple: int) -> bool:
+        """Whether the messages of every group found go from step to step if its passes begin on multiples."""
+        for group in self.groups:
+            if group.index not in connection.found:
+                continue
+            found, table = connection.found[group.index], connection.tables[group.kind]
+            data = int(np.flatnonzero(table.wire)[-1])
+            step = connection.step(found.at)
+            if (step - table.lead * connection.steps) % multiple:
+                return False
+            for place in range((len(group.passes) - 1) * found.length + data + 1):
+                if place and (place + table.lead) % found.length == 0:
+                    step = -(-step // multiple) * multiple
+                if (connection.step(found.at + place) - step) % SLOTS:
+                    return False
+                step += connection.steps
+        return True
+
     def _length(self, connection: _Connection, begin: int, end: int) -> int:
         """Return how many messages of a connection some of the passes are."""
         return sum(len(connection.tables[step.dtype, step.elements].wire) for step in self.passes[begin:end])
@@ -632,12 +666,26 @@ class _Document:
     def _raw(self, connection: _Connection, begin: int, end: int) -> list[list[int]] | None:
         """Return messages `begin` to before `end`, as bytes and steps each; None if not all were seen."""
         first, last = np.searchsorted(connection.messages["number"], [begin, end])
-        if last - first != end - begin or last == len(connection.messages) or connection.run[first] != connection.run[last]:
+        if (
+            last - first != end - begin
+            or last == len(connection.messages)
+            or connection.run[first] != connection.run[last]
+        ):
             return None
         wire = connection.messages["wire"][first:last].tolist()
         return [list(pair) for pair in zip(wire, connection.advances(first, last), strict=True)]
 
-    def _anchor(self, connection: _Connection, layout: LearnedLayout, start: int, raw: list[list[int]], section: int) -> dict:
+    def _certain(self, connection: _Connection, section: int) -> np.ndarray:
+        """Return the numbers of messages that a section's passes have shown by what they carry."""
+        found = [
+            (g, connection.found[g.index]) for g in self.groups if g.section == section and g.index in connection.found
+        ]
+        index = np.concatenate([f.at + np.arange((len(g.passes) - 1) * f.length + 1) for g, f in found])
+        return connection.messages["number"][index]
+
+    def _anchor(
+        self, connection: _Connection, layout: LearnedLayout, start: int, raw: list[list[int]], section: int
+    ) -> dict:
         """Return where the queue pairs stand before the raw messages that lead to message `start`, the first pass's."""
         begin = start - len(raw)
         ends = [index for index in self.begins if index > self._first(section)]
@@ -646,7 +694,7 @@ class _Document:
         wire += [connection.tables[step.dtype, step.elements].turned().wire for step in steps]
         wire = np.concatenate(wire).astype(np.int64)
         seen = connection.seen.pieces
-        seen = seen[np.isin(seen["number"], connection.messages["number"])]
+        seen = seen[np.isin(seen["number"], self._certain(connection, section))]
         psn = []
         for queue_pair, number in enumerate(connection.seen.data_queue_pairs):
             pieces = queue_pair_pieces(layout, queue_pair, begin, wire)
@@ -662,14 +710,24 @@ class _Document:
                     "not those of the messages learned"
                 )
             psn.append(int(starts[0]))
-        index = int(np.searchsorted(connection.messages["number"], start))
-        at = int(np.flatnonzero(connection.messages["number"] >= begin)[0])
         if raw:
-            step = connection.step(at)
+            step = connection.step(int(np.searchsorted(connection.messages["number"], begin)))
         else:
-            step = connection.step(index if index < len(connection.messages) else at)
-            step -= (int(connection.messages["number"][min(index, len(connection.messages) - 1)]) - start) * layout.message_steps
+            step = self._step_of(connection, layout, start, section)
         return {"psn": psn, "message": begin, "step": step % SLOTS if connection.protocol == "simple" else step}
+
+    def _step_of(self, connection: _Connection, layout: LearnedLayout, start: int, section: int) -> int:
+        """Return the step of the first message of a section's passes, counted back from the first group found there."""
+        group = next(g for g in self.groups if g.section == section and g.index in connection.found)
+        found, table = connection.found[group.index], connection.tables[group.kind]
+        step, multiple = connection.step(found.at), layout.operation_steps
+        step -= table.lead * layout.message_steps
+        for pass_ in reversed(self.passes[self._first(section) : group.index]):
+            step -= (
+                -(-len(connection.tables[pass_.dtype, pass_.elements].wire) * layout.message_steps // multiple)
+                * multiple
+            )
+        return step
 
     def learned(self) -> Learned:
         document = self._layout()

@@ -4,6 +4,7 @@
 The sums are worked out here, element by element, from who has contributed where: nothing of the learner.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ import torch
 
 from flowcheck import learning, schedule
 from flowcheck.plan import Layout
+from packet_parser.learn import Learner
+from workload_gen.pcapng import PcapngWriter
 from workload_gen.wire import LinkTap, connections
 
 TORCH = {
@@ -97,7 +100,9 @@ class Job:
         for edge in range(ranks):
             absent = np.ones(count, bool)
             for channel in range(self.layout.channels):
-                for first, elements, final in self.messages.all_reduce(self.layout, edge, channel, count, width).tolist():
+                for first, elements, final in self.messages.all_reduce(
+                    self.layout, edge, channel, count, width
+                ).tolist():
                     if not final:
                         absent[first : first + elements] = False
             begins[absent] = (edge + 1) % ranks
@@ -113,16 +118,27 @@ class Job:
                 part = torch.stack([parts[rank] for rank in ring])[position, torch.arange(count)]
                 partial = torch.where(takes, partial + part, partial)
             tap.all_reduce(partial, result)
+        now = max(tap._clock_ns for tap in self.taps.values())
+        for tap in self.taps.values():
+            tap._clock_ns = now
         return result
 
     def reduce(self, step):
         """Do a pass."""
         ranks = len(self.layout.ring)
-        parts = [torch.from_numpy(learning.contribution(step, rank, ranks)).view(TORCH[step.dtype]) for rank in range(ranks)]
+        parts = [
+            torch.from_numpy(learning.contribution(step, rank, ranks)).view(TORCH[step.dtype]) for rank in range(ranks)
+        ]
         for tap in self.taps.values():
             tap.lying = self.tails == "once" and step.sort == "check" and step.number % 2 == 1
         self.summed(parts)
         self.passes.append(step)
+
+    def broadcast(self, elements, seed=0):
+        """Do a broadcast of float32 that the learner is not told of."""
+        data = np.random.default_rng(seed).standard_normal(elements).astype("<f4").tobytes()
+        for tap in self.taps.values():
+            tap.broadcast(data, self.layout.ring[0])
 
     def round(self, kinds, number):
         for step in learning.round_of(kinds, len(self.layout.ring), number):
@@ -137,3 +153,40 @@ class Job:
             results.append(self.summed(parts))
             self.passes.append(learning.Pass(dtype, elements, "iteration"))
         return results
+
+    def learned(self, frames=None, passes=None):
+        """Return what the learner makes of the frames, all by default."""
+        with contextlib.closing(Learner(self.layout.ring, self.layout.mtu)) as learner:
+            for frame, time_ns in self.frames if frames is None else frames:
+                learner.add(frame, time_ns)
+            return learner.learn(self.passes if passes is None else passes)
+
+    def capture(self, folder):
+        """Write a capture file per link; return them by stream name."""
+        out = {}
+        for edge, tap in self.taps.items():
+            out[f"link-{edge}"] = folder / f"link-{edge}.pcapng"
+            writer = PcapngWriter(out[f"link-{edge}"])
+            for frame, time_ns in tap.frames:
+                writer.write(frame, time_ns)
+            writer.close()
+        return out
+
+
+def plan_document(job, learned, buckets, **more):
+    """Return a plan without a model, of a learned job that reduces `buckets`."""
+    revision = {"from_iteration": 1, "buckets": [{"dtype": dtype, "elements": elements} for dtype, elements in buckets]}
+    shard = {
+        "name": "all",
+        "startup": learned.startup,
+        "revisions": [revision],
+        "layout": learned.layout,
+        "connections": learned.connections,
+        "streams": [{"name": f"link-{edge}", "links": [edge]} for edge in job.links],
+    }
+    return {
+        "format": "flowcheck-plan",
+        "version": 1,
+        "job": {"run_id": "learned", "attempt": 1, "world_size": len(job.layout.ring)},
+        "shards": [shard | more],
+    }
