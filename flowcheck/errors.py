@@ -9,6 +9,7 @@
     │   ├── RingFormatError    5    ... a packet ring
     │   ├── SlotFormatError    5    ... a slot file
     │   └── CheckpointError    5    ... a log, snapshot or manifest of a checkpoint directory
+    ├── LearningError          1  what was seen does not show the layout of every all-reduce
     ├── RestoreError           1  the iteration asked for cannot be restored
     └── DifferenceError        6  a comparison found a difference
 
@@ -25,6 +26,7 @@ __all__ = [
     "DifferenceError",
     "FlowCheckError",
     "FormatError",
+    "LearningError",
     "RestoreError",
     "RingFormatError",
     "SlotFormatError",
@@ -77,6 +79,10 @@ class SlotFormatError(FormatError):
 
 class CheckpointError(FormatError):
     """A file of a checkpoint directory fails its checksum or cannot be understood."""
+
+
+class LearningError(FlowCheckError):
+    """The frames seen do not show where every element of every all-reduce lies; another round of passes may."""
 
 
 class RestoreError(FlowCheckError):

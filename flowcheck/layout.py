@@ -2,8 +2,8 @@
 """What a plan's collectives look like on each queue pair: messages compiled into the parser's tables.
 
 `flowcheck.schedule` says which elements each message carries; this module strings the operations of a plan together
-into segments of rows (`fc_segment`, `fc_row`): steps, slots, queue pairs, packets. A learned layout would give the same
-messages from another source; nothing after this module would know.
+into segments of rows (`fc_segment`, `fc_row`): steps, slots, queue pairs, packets. A learned layout gives the same
+messages from its own table (`_reduced`); nothing after this module knows.
 
 Facts: NCCL src/transport/net_ib.cc (src/transport/net_ib/ from 2.29), src/transport/net.cc, prims_ll.h, prims_ll128.h.
 """
@@ -17,12 +17,11 @@ import numpy as np
 
 from flowcheck import schedule
 from flowcheck.formats import ROW, SEGMENT
-from flowcheck.plan import DTYPE_BYTES, Collective, Connection, Layout, Plan, Revision
-from flowcheck.schedule import PROTOCOLS
+from flowcheck.plan import DTYPE_BYTES, Collective, Layout, LearnedLayout, Plan, RawOperation, Revision
+from flowcheck.schedule import MESSAGE, PROTOCOLS
 from flowcheck.verdicts import VERDICTS
 
 __all__ = [
-    "BULK_SPLIT_BYTES",
     "SLOTS",
     "Credit",
     "Pieces",
@@ -36,12 +35,12 @@ __all__ = [
     "wire_bytes",
 ]
 
-#: A message longer than this is split in the adaptive-routing form (net_ib.cc, NCCL_IB_AR_THRESHOLD).
-BULK_SPLIT_BYTES = 8192
 #: Slots of a connection's buffer (NCCL_STEPS).
 SLOTS = 8
 #: A message that is split over queue pairs is cut on such boundaries.
 PIECE_ALIGNMENT = 128
+
+AnyLayout = Layout | LearnedLayout
 
 _NUMBER = {name: number for number, name in enumerate(VERDICTS)}
 _ENCODINGS = {"simple": 1, "ll": 2, "ll128": 3}
@@ -59,8 +58,10 @@ class Credit:
     index: int
 
     @classmethod
-    def of(cls, layout: Layout) -> Credit:
-        """Return the form that a layout's version writes."""
+    def of(cls, layout: AnyLayout) -> Credit:
+        """Return the form that a layout's version writes, or that was seen."""
+        if isinstance(layout, LearnedLayout):
+            return cls(layout.credit.bytes, layout.credit.tag, layout.credit.index)
         for last, form in ((19, cls(32, 20, 24)), (23, cls(64, 24, 32)), (29, cls(64, 36, 40))):
             if layout.minor <= last:
                 return form
@@ -84,11 +85,12 @@ class Program:
     credit_queue_pairs: list[int]
     sender_rank: int
     credit: Credit
-    start_psn: int = 0
+    start_psn: list[int]  # per queue pair
     encoding: int = 2
     slot_stride: int = PROTOCOLS["ll"].slot_bytes
     slots: int = SLOTS
     big_endian_immediate: bool = False
+    numbered_immediate: bool = False  # of the message on its connection; else its bytes
     clean: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     segments: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
@@ -110,18 +112,23 @@ class Pieces:
     bulk_split: np.ndarray
 
 
-def wire_bytes(layout: Layout, data: np.ndarray) -> np.ndarray:
+def wire_bytes(layout: AnyLayout, data: np.ndarray) -> np.ndarray:
     """Return the payload bytes of messages of so many data bytes; LL's clean steps, which fill their slot, aside."""
     if layout.protocol == "ll":
         return 16 * -(-data // 8)
     return 2048 * -(-data // 1920) if layout.protocol == "ll128" else data
 
 
-def first_step(layout: Layout, op: str, step: int) -> tuple[int, int]:
+def first_step(layout: AnyLayout, op: str, step: int) -> tuple[int, int]:
     """Return (step of the first message, steps per message) of an operation that begins at step counter `step`.
 
-    Simple's chunk-wise operations take two steps a message and begin on a multiple of a chunk's four (prims_simple.h).
+    Simple's chunk-wise operations take two steps a message and begin on a multiple of a chunk's four (prims_simple.h). A
+    learned raw operation says itself how far its last message moves the counter on.
     """
+    if isinstance(layout, LearnedLayout):
+        return step if op == "raw" else -(
+            -step // layout.operation_steps
+        ) * layout.operation_steps, layout.message_steps
     protocol = PROTOCOLS[layout.protocol]
     if op == "broadcast":
         return step, 1
@@ -129,7 +136,7 @@ def first_step(layout: Layout, op: str, step: int) -> tuple[int, int]:
     return -(-step // chunk) * chunk, protocol.slice_steps
 
 
-def queue_pair_pieces(layout: Layout, queue_pair: int, first_message: int, wire: np.ndarray) -> Pieces:
+def queue_pair_pieces(layout: AnyLayout, queue_pair: int, first_message: int, wire: np.ndarray) -> Pieces:
     """Return what a queue pair carries of messages of `wire` bytes, the first of them number `first_message`.
 
     Either every message is cut over all queue pairs, or each goes whole over one in turn (ncclIbMultiSend).
@@ -147,7 +154,7 @@ def queue_pair_pieces(layout: Layout, queue_pair: int, first_message: int, wire:
         index = np.flatnonzero((first_message + np.arange(len(wire))) % count == queue_pair)
         length = wire[index]
         offset = address = np.zeros(len(index), np.int64)
-    bulk = layout.adaptive_routing & (wire[index] > BULK_SPLIT_BYTES)
+    bulk = np.zeros(len(index), bool) if layout.split_above is None else wire[index] > layout.split_above
     return Pieces(index, offset, length, address, np.maximum(1, -(-length // mtu)) + bulk, bulk)
 
 
@@ -164,14 +171,20 @@ class _Operation:
     iteration: int = 0  # within the segment's pass
     ends_iteration: bool = False
     counted: np.ndarray | None = None  # data bytes of each message that count, where that is not all of them
+    raw: np.ndarray | None = None  # of messages known by their wire bytes alone: those, and the steps to the next
 
-    def rows(self, layout: Layout, steps: np.ndarray, first_message: int) -> np.ndarray:
+    def steps(self, stride: int) -> tuple[np.ndarray, int]:
+        """Return the steps before each message, from the first, and of all together."""
+        strides = np.full(len(self.messages), stride) if self.raw is None else self.raw[:, 1]
+        return np.cumsum(strides) - strides, int(strides.sum())
+
+    def rows(self, layout: AnyLayout, steps: np.ndarray, first_message: int) -> np.ndarray:
         """Return a row per message, without what depends on the queue pair."""
         rows = np.zeros(len(self.messages), ROW)
         data = self.messages["elements"] * self.width
         rows["step"], rows["message"] = steps, first_message + np.arange(len(rows))
         rows["message_bytes"] = data if self.counted is None else self.counted
-        rows["message_wire_bytes"] = wire_bytes(layout, data)
+        rows["message_wire_bytes"] = wire_bytes(layout, data) if self.raw is None else self.raw[:, 0]
         rows["destination"] = self.destination + self.messages["first"] * self.width
         final, partial = (_NUMBER[verdict] for verdict in self.verdicts)
         rows["verdict"] = np.where(self.messages["final"], final, partial)
@@ -185,9 +198,8 @@ class _Operation:
 class _Table:
     """Rows and segments of one connection under construction; counters run over its whole life."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.step = self.message = 0
+    def __init__(self, layout: AnyLayout, message: int, step: int) -> None:
+        self.layout, self.message, self.step = layout, message, step
         self.psn = [0] * layout.queue_pairs
         self.rows: list[list[np.ndarray]] = [[] for _ in self.psn]
         self.segments: list[list[np.ndarray]] = [[] for _ in self.psn]
@@ -201,10 +213,9 @@ class _Table:
         step, message, messages = self.step, self.message, []
         for operation in operations:
             begin, stride = first_step(self.layout, operation.op, step)
-            count = len(operation.messages)
-            steps = begin - self.step + np.arange(count) * stride
-            messages.append(operation.rows(self.layout, steps, message - self.message))
-            step, message = begin + count * stride, message + count
+            before, total = operation.steps(stride)
+            messages.append(operation.rows(self.layout, begin - self.step + before, message - self.message))
+            step, message = begin + total, message + len(operation.messages)
         rows = np.concatenate(messages)
         for number in range(len(self.psn)):
             packets = self._append(number, rows, step - self.step, (first_iteration, period, repeats))
@@ -233,48 +244,65 @@ class _Table:
         return packets
 
 
-def _collective(layout: Layout, edge: int, channel: int, op: Collective, destination: int) -> _Operation:
+def _reduced(plan: Plan, index: int, dtype: str, elements: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an all-reduce's messages (MESSAGE) on a connection, and which carry the sum of all ranks but their receiver."""
+    connection, layout = plan.shard.connections[index], plan.shard.layout
+    if isinstance(layout, Layout):
+        messages = schedule.all_reduce(layout, connection.edge, connection.channel, elements, DTYPE_BYTES[dtype])
+        return messages, schedule.last_partial_sums(layout, messages)
+    learned, ranks = layout.tables[dtype, elements][index], len(layout.ring)
+    messages = np.zeros(len(learned), MESSAGE)
+    messages["first"], messages["elements"] = np.maximum(learned["first"], 0), learned["elements"]
+    messages["final"] = (learned["ranks"] == ranks) | (learned["elements"] == 0)  # of nothing, nothing is missing
+    return messages, (learned["ranks"] == ranks - 1) & (learned["first"] >= 0)
+
+
+def _collective(plan: Plan, index: int, op: Collective | RawOperation, destination: int) -> _Operation:
+    connection, layout = plan.shard.connections[index], plan.shard.layout
+    where = (layout, connection.edge, connection.channel)
     verdict = op.carries or "other_collective"
+    if isinstance(op, RawOperation):
+        raw = np.array(op.messages[index], np.int64).reshape(-1, 2)
+        messages = np.zeros(len(raw), MESSAGE)
+        return _Operation(op.op, messages, 1, destination, (verdict, verdict), raw=raw)
     width = 1
     if op.op == "all_reduce":
         width = DTYPE_BYTES[op.dtype]
-        messages = schedule.all_reduce(layout, edge, channel, op.elements, width)
+        messages, _ = _reduced(plan, index, op.dtype, op.elements)
     elif op.op == "broadcast":
-        messages = schedule.broadcast(layout, edge, channel, op.bytes, op.root)
+        messages = schedule.broadcast(*where, op.bytes, op.root)
     else:
-        messages = schedule.all_gather(layout, edge, channel, op.bytes)
+        messages = schedule.all_gather(*where, op.bytes)
     return _Operation(op.op, messages, width, destination, (verdict, verdict))
 
 
-def _iteration(plan: Plan, connection: Connection, revision: Revision) -> list[_Operation]:
+def _iteration(plan: Plan, index: int, revision: Revision) -> list[_Operation]:
     """Return one iteration's all-reduces on a connection; the last that uses it ends the iteration there."""
-    layout, operations = plan.shard.layout, []
+    operations = []
     for reduction in range(1, revision.reductions + 1):
         verdicts = ("placed", "partial_sum") if reduction == revision.reductions else ("other_collective",) * 2
         for bucket, offset in zip(revision.buckets, revision.bucket_offsets, strict=True):
-            width = DTYPE_BYTES[bucket.dtype]
-            messages = schedule.all_reduce(layout, connection.edge, connection.channel, bucket.elements, width)
-            operations.append(_Operation("all_reduce", messages, width, offset, verdicts, 1))
+            messages, _ = _reduced(plan, index, bucket.dtype, bucket.elements)
+            operations.append(_Operation("all_reduce", messages, DTYPE_BYTES[bucket.dtype], offset, verdicts, 1))
     if plan.record_form is not None:
-        operations.append(_record(plan, connection, revision))
+        operations.append(_record(plan, index, revision))
     # Past an iteration is who has sent something of the next one after its first operation.
     operations[0] = replace(operations[0], settled_lag=2)
     operations = [operation for operation in operations if len(operation.messages)]
     return operations[:-1] + [replace(operation, ends_iteration=True) for operation in operations[-1:]]
 
 
-def _record(plan: Plan, connection: Connection, revision: Revision) -> _Operation:
+def _record(plan: Plan, index: int, revision: Revision) -> _Operation:
     """Return the all-reduce of the step record.
 
     A sum that lacks only the rank which gets it is the record already, unless that rank fills it: the others add zeros.
     Not so for the digests behind it, to which every rank adds.
     """
     layout, form = plan.shard.layout, plan.record_form
-    messages = schedule.all_reduce(layout, connection.edge, connection.channel, form.elements, 4)
-    receiver = layout.ring[(connection.edge + 1) % len(layout.ring)]
+    messages, early = _reduced(plan, index, "float32", form.elements)
+    receiver = layout.ring[(plan.shard.connections[index].edge + 1) % len(layout.ring)]
     counted = messages["elements"] * 4
     if receiver != plan.shard.step_record.contributor:
-        early = schedule.last_partial_sums(layout, messages)
         filled = np.clip(2 * form.words - messages["first"], 0, messages["elements"]) * 4
         messages["final"] |= early & (filled > 0)
         counted = np.where(early, filled, counted)
@@ -287,10 +315,14 @@ def compile_programs(plan: Plan) -> list[Program]:
     return [_compile(plan, index) for index in range(len(plan.shard.connections))]
 
 
-def _clean(layout: Layout) -> list[tuple[int, int, int, int, int]]:
+def _slot_bytes(layout: AnyLayout) -> int:
+    return layout.slot_bytes if isinstance(layout, LearnedLayout) else PROTOCOLS[layout.protocol].slot_bytes
+
+
+def _clean(layout: AnyLayout) -> list[tuple[int, int, int, int, int]]:
     if layout.protocol != "ll":
         return []
-    full = np.array([PROTOCOLS["ll"].slot_bytes])
+    full = np.array([_slot_bytes(layout)])
     pieces = [queue_pair_pieces(layout, number, number, full) for number in range(layout.queue_pairs)]
     return [
         (int(p.offset[0]), int(p.length[0]), int(p.address[0]), int(p.packets[0]), int(p.bulk_split[0])) for p in pieces
@@ -300,15 +332,15 @@ def _clean(layout: Layout) -> list[tuple[int, int, int, int, int]]:
 def _compile(plan: Plan, index: int) -> Program:
     shard = plan.shard
     connection, layout = shard.connections[index], shard.layout
-    where = (layout, connection.edge, connection.channel)
-    table = _Table(layout)
+    anchor = layout.anchors[index] if isinstance(layout, LearnedLayout) else None
+    table = _Table(layout, anchor.message, anchor.step) if anchor else _Table(layout, 0, 0)
     initial = iter(plan.initial_ranges)
-    startup = [_collective(*where, op, next(initial)[0] if op.carries else 0) for op in shard.startup]
+    startup = [_collective(plan, index, op, next(initial)[0] if op.carries else 0) for op in shard.startup]
     table.add(startup, 0, 0, 1)
     for number, revision in enumerate(shard.revisions):
         first = revision.from_iteration
-        table.add([_collective(*where, op, 0) for op in revision.before], first, 0, 1)
-        buckets = _iteration(plan, connection, revision)
+        table.add([_collective(plan, index, op, 0) for op in revision.before], first, 0, 1)
+        buckets = _iteration(plan, index, revision)
         # Where messages take turns on the queue pairs, so many iterations pass until the same one begins again.
         messages = sum(len(operation.messages) for operation in buckets)
         turn = 1 if layout.splits else layout.queue_pairs // math.gcd(layout.queue_pairs, messages or 1)
@@ -330,10 +362,11 @@ def _compile(plan: Plan, index: int) -> Program:
         credit_queue_pairs=list(connection.proof.credit),
         sender_rank=layout.ring[connection.edge],
         credit=Credit.of(layout),
-        start_psn=connection.start_psn,
+        start_psn=list(anchor.psn) if anchor else [connection.start_psn] * layout.queue_pairs,
         encoding=_ENCODINGS[layout.protocol],
-        slot_stride=PROTOCOLS[layout.protocol].slot_bytes,
+        slot_stride=_slot_bytes(layout),
         big_endian_immediate=layout.big_endian_immediate,
+        numbered_immediate=layout.numbered_immediate,
         clean=_clean(layout),
         segments=[np.concatenate(part) if part else np.empty(0, SEGMENT) for part in table.segments],
         rows=[np.concatenate(part) if part else np.empty(0, ROW) for part in table.rows],
@@ -346,8 +379,7 @@ def frames_per_iteration(plan: Plan, stream: str) -> int:
     for revision in plan.shard.revisions:
         count = 0
         for index in shown:
-            connection = plan.shard.connections[index]
-            for operation in _iteration(plan, connection, revision):
+            for operation in _iteration(plan, index, revision):
                 wire = wire_bytes(plan.shard.layout, operation.messages["elements"] * operation.width)
                 # Per message a credit and its acknowledgement; per data packet, at worst, one of its own.
                 count += 2 * len(wire)
@@ -362,8 +394,7 @@ def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
     shard, ranges = plan.shard, []
     shown = sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)})
     for index in shown:
-        connection = shard.connections[index]
-        for operation in _iteration(plan, connection, shard.revision(iteration)):
+        for operation in _iteration(plan, index, shard.revision(iteration)):
             if operation.verdicts[0] == "other_collective":
                 continue
             final = operation.messages[operation.messages["final"] & (operation.messages["elements"] > 0)]
@@ -375,12 +406,11 @@ def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
 def carried(plan: Plan, iteration: int) -> list[int]:
     """Return the indices of the connections that send anything of an iteration; 0 is the initial state."""
     shard, out = plan.shard, []
-    for index, connection in enumerate(shard.connections):
-        where = (shard.layout, connection.edge, connection.channel)
+    for index in range(len(shard.connections)):
         if iteration:
-            operations = _iteration(plan, connection, shard.revision(iteration))
+            operations = _iteration(plan, index, shard.revision(iteration))
         else:
-            operations = [_collective(*where, op, 0) for op in shard.startup if op.carries]
+            operations = [_collective(plan, index, op, 0) for op in shard.startup if op.carries]
         if any(len(operation.messages) for operation in operations):
             out.append(index)
     return out

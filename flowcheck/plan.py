@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flowcheck.errors import ConfigError
 from flowcheck.formats import IDENTITY
+from flowcheck.learned import LearnedLayout, RawOperation
 from flowcheck.step_record import RecordForm
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "ExtraState",
     "InitialState",
     "Layout",
+    "LearnedLayout",
     "Optimizer",
     "Plan",
+    "RawOperation",
     "Revision",
     "Shard",
     "StateEntry",
@@ -55,6 +58,9 @@ DTYPE_BYTES = {
     "uint8": 1,
 }
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8"]
+
+#: A message longer than this is split in the adaptive-routing form (net_ib.cc, NCCL_IB_AR_THRESHOLD).
+BULK_SPLIT_BYTES = 8192
 
 #: Each bucket begins on such a boundary in a slot, so that its bytes are aligned however long its neighbours are.
 BUCKET_ALIGNMENT = 64
@@ -101,6 +107,10 @@ class Collective(_Model):
     def bytes(self) -> int:
         """Bytes of one rank's data."""
         return self.elements * DTYPE_BYTES[self.dtype]
+
+
+#: What a communicator carried beside buckets.
+Operation = Annotated[Collective | RawOperation, Field(discriminator="op")]
 
 
 class BucketParameter(_Model):
@@ -150,7 +160,7 @@ class Revision(_Model):
     """
 
     from_iteration: Annotated[int, Field(ge=1, lt=2**32)]
-    before: tuple[Collective, ...] = ()
+    before: tuple[Operation, ...] = ()
     reductions: Annotated[int, Field(ge=1, lt=2**16)] = 1
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)]
 
@@ -208,6 +218,16 @@ class Layout(_Model):
         return self.minor >= 29
 
     @property
+    def numbered_immediate(self) -> bool:
+        """Whether the immediate is the message's number; it is its bytes unless the job asked for something else."""
+        return False
+
+    @property
+    def split_above(self) -> int | None:
+        """The bytes above which a message is a write and an empty write with immediate; None: none is."""
+        return BULK_SPLIT_BYTES if self.adaptive_routing else None
+
+    @property
     def exact_addresses(self) -> bool:
         """Whether a split message's empty pieces are addressed by what was carried: from 2.29.7 on."""
         patch = self.version.split(".")[2:]
@@ -227,13 +247,13 @@ class Layout(_Model):
 
 
 class QueuePairProof(_Model):
-    """The edge and channel of a connection are known from its queue pair numbers, as the job's own log gave them.
+    """The edge and channel of a connection are known from its queue pair numbers: the job's own log's, or learned ones.
 
     `data` are destination numbers of the data packets, one per queue pair in creation order; `credit` those of the
     credits and acknowledgements that come back.
     """
 
-    kind: Literal["queue_pair"]
+    kind: Literal["queue_pair", "learned"]
     data: Annotated[tuple[QueuePair, ...], Field(min_length=1)]
     credit: tuple[QueuePair, ...] = ()
 
@@ -375,10 +395,10 @@ class Shard(_Model):
     """A part of the model that is reduced in a group of its own; a plain DDP job has one."""
 
     name: Annotated[str, Field(min_length=1, max_length=63)]
-    startup: tuple[Collective, ...] = ()
+    startup: tuple[Operation, ...] = ()
     revisions: Annotated[tuple[Revision, ...], Field(min_length=1)]
     step_record: StepRecord | None = None
-    layout: Layout
+    layout: Annotated[Layout | LearnedLayout, Field(discriminator="source")]
     connections: Annotated[tuple[Connection, ...], Field(min_length=1, max_length=64)]
     streams: Annotated[tuple[Stream, ...], Field(min_length=1)]
 
@@ -392,13 +412,14 @@ class Shard(_Model):
         ranks, layout = len(self.layout.ring), self.layout
         if self.step_record and self.step_record.contributor >= ranks:
             raise ValueError(f"step_record.contributor is rank {self.step_record.contributor} of {ranks}")
+        self._check_source()
         seen: dict[object, int] = {}
         for number, connection in enumerate(self.connections):
             if connection.edge >= ranks:
                 raise ValueError(
                     f"connections[{number}].edge is {connection.edge}: a ring of {ranks} ranks has edges 0 to {ranks - 1}"
                 )
-            if connection.channel >= layout.channels:
+            if isinstance(layout, Layout) and connection.channel >= layout.channels:
                 raise ValueError(
                     f"connections[{number}].channel is {connection.channel}: the layout has {layout.channels} channel(s), from 0"
                 )
@@ -424,6 +445,41 @@ class Shard(_Model):
                         f"stream {stream.name!r} shows link {link}, of which no connection is listed (edges listed: {sorted(edges)})"
                     )
         return self
+
+    def _check_source(self) -> None:
+        """Operations are such as the source of the layout knows."""
+        layout = self.layout
+        parts = [("startup", self.startup)]
+        parts += [(f"revisions[{number}].before", revision.before) for number, revision in enumerate(self.revisions)]
+        if isinstance(layout, Layout):
+            for where, operations in parts:
+                if any(isinstance(operation, RawOperation) for operation in operations):
+                    raise ValueError(f"{where}: a raw operation needs a learned layout: this one is computed")
+            return
+        if len(layout.anchors) != len(self.connections):
+            raise ValueError(
+                f"layout.anchors are of {len(layout.anchors)} connections, {len(self.connections)} are listed"
+            )
+        for number, connection in enumerate(self.connections):
+            if connection.start_psn:
+                raise ValueError(f"connections[{number}].start_psn: where a learned layout begins is in layout.anchors")
+        for where, operations in parts:
+            for operation in operations:
+                if isinstance(operation, RawOperation):
+                    if len(operation.messages) != len(self.connections):
+                        raise ValueError(
+                            f"{where}: a raw operation of {len(operation.messages)} connections: {len(self.connections)} are listed"
+                        )
+                elif operation.op != "all_reduce":
+                    raise ValueError(
+                        f"{where}: a learned layout shows no {operation.op}: list what it sent as a raw operation"
+                    )
+                else:
+                    layout.check_operations(where, [(operation.dtype, operation.elements)])
+        for number, revision in enumerate(self.revisions):
+            layout.check_operations(
+                f"revisions[{number}].buckets", [(bucket.dtype, bucket.elements) for bucket in revision.buckets]
+            )
 
     def revision(self, iteration: int) -> Revision:
         """Return the revision in force in an iteration (from 1)."""
@@ -561,6 +617,8 @@ class Plan(_Model):
         if self.state:
             self._check_model()
             self._check_extra()
+        if self.record_form is not None and isinstance(self.shard.layout, LearnedLayout):
+            self.shard.layout.check_operations("shards[0].step_record", [("float32", self.record_form.elements)])
         return self
 
     def _check_extra(self) -> None:
@@ -747,9 +805,15 @@ class Plan(_Model):
         return record.tobytes()
 
 
+#: Which of several models a field was read as stands in an error's location, between the fields' names.
+_TAGS = {"modelled", "learned", "all_gather", "broadcast", "all_reduce", "raw"}
+
+
 def _field(location: tuple[int | str, ...]) -> str:
     text = ""
     for part in location:
+        if part in _TAGS:
+            continue
         text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
     return text or "the document"
 

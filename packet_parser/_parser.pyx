@@ -185,9 +185,10 @@ cdef class RingParser:
             flow.slot_stride = program.slot_stride
             flow.slots = program.slots
             flow.silence_ns = self.silence_ns
-            flow.start_psn = program.start_psn
+            flow.start_psn = program.start_psn[index]
             flow.encoding = program.encoding
             flow.big_endian_immediate = program.big_endian_immediate
+            flow.numbered_immediate = program.numbered_immediate
             if program.clean:
                 (flow.clean.offset, flow.clean.wire_bytes, flow.clean.address, flow.clean.packets,
                  flow.clean.bulk_split) = program.clean[index]

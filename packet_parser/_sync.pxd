@@ -84,6 +84,7 @@ cdef struct fc_data_flow:
     uint8_t queue_pair
     uint8_t encoding
     uint8_t big_endian_immediate
+    uint8_t numbered_immediate  # it is the message's number on the connection, not its bytes
 
 cdef inline uint32_t fc_word(const uint8_t *bytes) noexcept nogil:
     cdef uint32_t value
@@ -174,7 +175,8 @@ cdef inline int fc_check(const fc_data_flow *flow, fc_sync *sync, const fc_place
     cdef uint64_t offset
     fc_shape_of(flow, place, &shape)
     data_packets = shape.packets - shape.bulk_split
-    if wire.has & FC_HAS_IMMEDIATE and shape.message_wire_bytes != (
+    if wire.has & FC_HAS_IMMEDIATE and (
+            <uint32_t> fc_message(place) if flow.numbered_immediate else shape.message_wire_bytes) != (
             wire.immediate if flow.big_endian_immediate else fc_swap32(wire.immediate)):
         return FC_CONTRADICTS_IMMEDIATE
     if index == data_packets:  # the empty write that ends a message of the adaptive-routing form

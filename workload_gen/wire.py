@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -147,11 +148,14 @@ def connections(layout: Layout, edge: int, ip_version: int, vlan: int | None, st
 class LinkTap:
     """Writes one link, both directions, into a capture file; a `workload_gen.ring.Tap`.
 
-    Credits and acknowledgements are as the receiver would have sent them, each at its message's side.
+    Credits and acknowledgements are as the receiver would have sent them, each at its message's side. `messages` says
+    which elements each message carries: a module like `flowcheck.schedule`.
     """
 
-    def __init__(self, layout: Layout, links: list[Connection], path: FilePath) -> None:
-        self._layout, self._links = layout, links
+    def __init__(
+        self, layout: Layout, links: list[Connection], path: FilePath, messages: ModuleType = schedule
+    ) -> None:
+        self._layout, self._links, self._messages = layout, links, messages
         self._file = PcapngWriter(path)
         self._clock_ns = 1_700_000_000 * 10**9
         self.recording = True
@@ -160,7 +164,9 @@ class LinkTap:
         """Record an all-reduce: messages carry `result` where they are final, `partial` where they are not."""
         width = result.element_size()
         bodies = [vector.view(torch.uint8).numpy() for vector in (partial, result)]
-        per_link = [schedule.all_reduce(self._layout, c.edge, c.channel, result.numel(), width) for c in self._links]
+        per_link = [
+            self._messages.all_reduce(self._layout, c.edge, c.channel, result.numel(), width) for c in self._links
+        ]
 
         def data(message: np.void) -> bytes:
             begin = int(message["first"]) * width
@@ -173,13 +179,15 @@ class LinkTap:
         self._bytes(
             "broadcast",
             data,
-            [schedule.broadcast(self._layout, c.edge, c.channel, len(data), root) for c in self._links],
+            [self._messages.broadcast(self._layout, c.edge, c.channel, len(data), root) for c in self._links],
         )
 
     def all_gather(self, data: bytes, part_bytes: int) -> None:
         """Record an all-gather."""
         self._bytes(
-            "all_gather", data, [schedule.all_gather(self._layout, c.edge, c.channel, part_bytes) for c in self._links]
+            "all_gather",
+            data,
+            [self._messages.all_gather(self._layout, c.edge, c.channel, part_bytes) for c in self._links],
         )
 
     def _bytes(self, op: str, data: bytes, per_link: list[np.ndarray]) -> None:

@@ -93,8 +93,9 @@ def program(start=START, iteration=ITERATION):
         slot_stride=65536,
         slots=8,
         encoding=2,
-        start_psn=0,
+        start_psn=[0],
         big_endian_immediate=False,
+        numbered_immediate=False,
         clean=[(0, 65536, 0, 65536 // MTU, 0)],
         credit=SimpleNamespace(bytes=32, tag=20, index=24),
     )

@@ -204,8 +204,8 @@ BUGS = {
     "queue-pair index": (layout, "offset = queue_pair * piece", "offset = (queue_pair + 1) % count * piece", Job("2.24", "ll", 2, queue_pairs=2)),
     "edge off by one": (
         layout,
-        "schedule.all_reduce(layout, edge, channel, bucket",
-        "schedule.all_reduce(layout, (edge + 1) % len(layout.ring), channel, bucket",
+        "schedule.all_reduce(layout, connection.edge, connection.channel",
+        "schedule.all_reduce(layout, (connection.edge + 1) % len(layout.ring), connection.channel",
         Job("2.19", "ll", 3),
     ),
 }  # fmt: skip
