@@ -8,8 +8,10 @@ here imports torch when it is called, and returns what goes into plan.json.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowcheck.errors import ConfigError
@@ -173,12 +175,20 @@ def optimizer_entry(
     return {"class": type(optimizer).__name__, "form": _form(optimizer), "groups": groups}
 
 
-def arithmetic(device: str) -> dict[str, str]:
+def arithmetic(device: str) -> dict[str, str | None]:
     """Return the named arithmetic of this process on a type of device."""
     import torch
 
+    found = {"torch": torch.__version__.split("+")[0], "device": device}
     if device == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__.split("+")[0], "device": device, "capability": capability}
+        return found | {"capability": ".".join(map(str, torch.cuda.get_device_capability()))}
+    return found | {"capability": torch.backends.cpu.get_cpu_capability(), "vendor": _cpu_vendor()}
+
+
+def _cpu_vendor() -> str | None:
+    """Return the processor's vendor as the kernel names it; None where it names none."""
+    try:
+        found = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return None
+    return found and found[1]

@@ -574,11 +574,15 @@ class Optimizer(_Model):
 
 
 class Arithmetic(_Model):
-    """The named arithmetic that the trainer's optimizer step ran in."""
+    """The named arithmetic that the trainer's optimizer step ran in.
+
+    `vendor` is the processor's: the square roots of two do not have the same bits (docs/arithmetic.md).
+    """
 
     torch: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
     device: Literal["cpu", "cuda"]
     capability: str
+    vendor: str | None = None
 
 
 class Plan(_Model):

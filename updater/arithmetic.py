@@ -7,8 +7,7 @@ same class, and says `bit_exact: false`.
 
 from __future__ import annotations
 
-import torch
-
+from flowcheck import describe
 from flowcheck.plan import Arithmetic, Plan
 
 __all__ = ["bit_exact", "current"]
@@ -26,27 +25,36 @@ _COVERED_OPTIONS = {
     "RAdam": _ADAM | {"decoupled_weight_decay"},
 }
 _COVERED_DTYPES = {"float32", "float64", "bfloat16", "float16"}
+#: Classes that, unless fused, take square roots from a library that does so otherwise on each vendor's processors
+#: (docs/arithmetic.md).
+_BY_VENDOR = {"Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam"}
 
 
 def current() -> Arithmetic:
-    """Return what this process computes with: torch's version (without its build tag), device, CPU capability."""
-    version = torch.__version__.split("+")[0]
-    return Arithmetic(torch=version, device="cpu", capability=torch.backends.cpu.get_cpu_capability())
+    """Return what this process computes with."""
+    return Arithmetic(**describe.arithmetic("cpu"))
 
 
 def bit_exact(plan: Plan) -> bool:
     """Return whether steps done here are known to have the bits of the trainer's; True for a plan without a model."""
-    return not plan.has_model or (plan.arithmetic == current() and _covered(plan))
+    if not plan.has_model:
+        return True
+    ours, theirs = current(), plan.arithmetic
+    if plan.optimizer.class_name not in _BY_VENDOR or plan.optimizer.form == "fused":
+        ours, theirs = (named.model_copy(update={"vendor": None}) for named in (ours, theirs))
+    elif theirs.vendor is None:
+        return False
+    return ours == theirs and _covered(plan)
 
 
 def _covered(plan: Plan) -> bool:
     options = {name for group in plan.optimizer.groups for name in group.options}
     if not options <= _COVERED_OPTIONS.get(plan.optimizer.class_name, set()):
         return False
-    # torch 2.13's fused SGD leaves other momentum bits in 16-bit types at every run of the same steps (docs/checkpoints.md).
-    momentum = any(group.options.get("momentum") for group in plan.optimizer.groups)
+    # In 16-bit types SGD's bits depend on the number of threads, and fused, with momentum, on nothing known
+    # (docs/arithmetic.md).
     narrow = any(entry.dtype in ("bfloat16", "float16") for entry in plan.state)
-    if plan.optimizer.class_name == "SGD" and plan.optimizer.form == "fused" and momentum and narrow:
+    if plan.optimizer.class_name == "SGD" and narrow:
         return False
     dtypes = {entry.parameter: entry.dtype for entry in plan.state if entry.kind == "parameter"}
     if not set(dtypes.values()) <= _COVERED_DTYPES:
