@@ -213,22 +213,28 @@ def test_a_plan_that_is_not_the_wires_is_named_and_nothing_is_committed(tmp_path
 @pytest.mark.slow
 def test_loss_and_reordering_on_a_training_cable_change_nothing(tmp_path):
     """The mirror shows every repetition too; the trainers' states are those of a job without losses."""
-    chance, held = random.Random(3), []
+    chance, held = random.Random(3), {}
 
-    def spoil(frame, _):
+    def cable(rank):
+        def spoil(frame, outward):
+            return spoilt(frame, held.setdefault((rank, outward), []))
+
+        return spoiled_cable(job.fabric, rank, spoil)
+
+    def spoilt(frame, waiting):
         throw = chance.random()
         if throw < 0.002:
             return []
         if throw < 0.004:
-            held.append(frame)
+            waiting.append(frame)
             return []
-        return [frame, *([held.pop()] if held else [])]
+        return [frame, *([waiting.pop()] if waiting else [])]
 
     clean = tmp_path / "clean"
     with LiveJob(tmp_path, iterations=15) as job:
         trainer = job.train("--shadow", "0", out=clean)
         assert trainer.wait(120) == 0, trainer.stderr.read()
-        with spoiled_cable(job.fabric, 2, spoil), spoiled_cable(job.fabric, 0, spoil):
+        with cable(2), cable(0):
             trainer, shadow = job.train(), job.shadow()
             assert trainer.wait(200) == 0, trainer.stderr.read()
             job.stop(shadow)

@@ -25,6 +25,12 @@ def _rank(function, rank, fabric_host, rendezvous, size, queue, arguments):
         queue.put((rank, traceback.format_exc(), None))
 
 
+def together(store, rank, size):
+    """Wait until every rank is here: an adapter that is gone can repeat nothing."""
+    store.set(f"here-{rank}", "1")
+    store.wait([f"here-{other}" for other in range(size)])
+
+
 @contextlib.contextmanager
 def running(function, fabric, *arguments):
     """Start `function(rank, host, store, *arguments)` on every rank; yield a call that returns what each returned."""

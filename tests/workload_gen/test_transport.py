@@ -12,7 +12,7 @@ import torch
 from workload_gen._nic import Nic
 
 from tests import network
-from tests.workload_gen.ranks import running, spoiled_cable
+from tests.workload_gen.ranks import running, spoiled_cable, together
 from workload_gen.fabric import Fabric, adapter_socket
 from workload_gen.record import Recording
 from workload_gen.ring import Ring
@@ -58,6 +58,7 @@ def collectives(rank, host, store, options, dtypes=("float32",), counts=COUNTS):
         parts = fabric.all_gather(vector(rank, count, torch.float32))
         if not all(torch.equal(part, vector(r, count, torch.float32)) for r, part in enumerate(parts)):
             wrong.append(("all_gather", count))
+    together(store, rank, fabric.size)
     fabric.close()
     return wrong, {
         name: getattr(nic, name) for name in ("sent", "received", "repeated", "out_of_order", "bad_icrc", "refused")
@@ -95,18 +96,18 @@ def test_what_the_mirror_shows_is_what_the_adapter_sent_and_got():
 @pytest.mark.parametrize("protocol", ["ll", "simple"])
 def test_loss_duplicates_and_reordering_change_nothing(protocol):
     chance = random.Random(5)
-    held = []
+    held = {True: [], False: []}  # what is let go in the other direction would teach the switch a wrong place
 
-    def spoil(frame, _):
+    def spoil(frame, outward):
         throw = chance.random()
         if throw < 0.01:
             return []
         if throw < 0.02:
             return [frame, frame]
         if throw < 0.03:
-            held.append(frame)
+            held[outward].append(frame)
             return []
-        late = [held.pop()] if held else []
+        late = [held[outward].pop()] if held[outward] else []
         return [frame, *late]
 
     options = {"ranks": 3, "protocol": protocol, "mtu": 1024}
@@ -136,6 +137,7 @@ def reduce_once(rank, host, store, options):
     fabric, _, nic = rings(rank, host, store, options)
     data = torch.full((4096,), float(rank + 1))
     fabric.all_reduce(data)
+    together(store, rank, fabric.size)
     fabric.close()
     return data.numpy(), nic.bad_icrc
 
