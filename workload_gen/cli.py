@@ -184,6 +184,18 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
 @main.command(context_settings={"default_map": _LIVE})
 @_job_options
 @click.option(
+    "--transport",
+    type=click.Choice(["fabric", "nccl"]),
+    default="fabric",
+    show_default=True,
+    help="fabric: a network of this machine; nccl: the cluster's, under torchrun, one process a rank.",
+)
+@click.option(
+    "--wire",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="nccl: JSON description of what is mirrored: layout, connections, streams (docs/plan.md).",
+)
+@click.option(
     "--network",
     "network_path",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -222,14 +234,16 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
 )
 @debug_option
 def train(
-    mtu: str, ip: str, network_path: Path | None, mirror: tuple[int, ...], shadow_s: float, **options: Any
-) -> None:
-    """Train live over a mirrored network of this machine; the plan for `flowcheck run` is written first.
+    mtu: str, ip: str, transport: str, wire: Path | None, network_path: Path | None, mirror: tuple[int, ...], shadow_s: float,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Train live, over a mirrored network of this machine or a cluster's own; the plan for `flowcheck run` is written first.
 
     \b
-    Example:
+    Examples:
       flowcheck-workload train --out job &
       flowcheck run job/plan.json --out checkpoints
+      torchrun --nproc-per-node 1 --nnodes 4 .. --no-python flowcheck-workload train --transport nccl --wire wire.json --out /shared/job
     """
     import contextlib
     from dataclasses import replace
@@ -240,6 +254,14 @@ def train(
     from workload_gen.record import record as run
 
     recording = _usable(Recording(mtu=int(mtu), ip=int(ip), steps=True, shadow_s=shadow_s, **options))
+    if (transport == "nccl") != (wire is not None):
+        raise click.UsageError("--wire goes with --transport nccl, and that needs it")
+    if transport == "nccl":
+        from workload_gen import launched
+
+        with step_progress() as progress:
+            launched.train(recording, wire, lambda done: progress("iterations", done, recording.iterations))
+        return
     if any(not 0 <= rank < recording.ranks for rank in mirror):
         raise click.UsageError(f"--mirror {mirror}: there are ranks 0 to {recording.ranks - 1}")
     with contextlib.ExitStack() as stack:

@@ -7,120 +7,29 @@ that link's capture file.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import flowcheck
 from flowcheck import describe
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
-from workload_gen import backend, gpt, recorded_plan
+from workload_gen import backend, recorded_plan
+from workload_gen.job import Job, Recording, write
 from workload_gen.ring import Ring
-from workload_gen.truth import digest
 from workload_gen.wire import Connection, LinkTap, connections
 
-if TYPE_CHECKING:
-    from workload_gen.fabric import Network
-
-__all__ = ["OPTIMIZERS", "Recording", "record"]
-
-#: Class and options by the name that the command takes.
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
-    "adamw": ("AdamW", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
-    "adagrad": ("Adagrad", {"lr": 0.01}),
-    "rmsprop": ("RMSprop", {"lr": 0.001, "momentum": 0.9}),
-    "adamax": ("Adamax", {"lr": 0.002}),
-    "nadam": ("NAdam", {"lr": 0.002}),
-    "radam": ("RAdam", {"lr": 0.001}),
-}
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What to train and how the network carries it; the options of `flowcheck-workload record`."""
-
-    out: Path
-    ranks: int = 2
-    iterations: int = 10
-    protocol: str = "ll"
-    nccl: str = "2.19"
-    channels: int = 1
-    pin_channels: bool = False
-    queue_pairs: int = 1
-    split_queue_pairs: bool | None = None
-    mtu: int = 1024
-    ip: int = 6
-    vlan: int | None = None
-    adaptive_routing: bool = False
-    dtype: str = "float32"
-    optimizer: str = "sgd"
-    fused: bool = False
-    parameters: int = 20_000
-    bucket_mb: float = 25.0
-    links: tuple[int, ...] | None = None
-    startup: bool = True
-    start_psn: int = 0
-    seed: int = 1
-    resume: Path | None = None
-    #: Hosts that carry the collectives; none: the ranks sum without a network.
-    network: Network | None = None
-    #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
-    truth: Literal["states", "digests", "none"] = "states"
-    steps: bool = False
-    #: The hook writes the plan and sends step records; without it the plan of a recording is written from what was seen.
-    hook: bool = False
-    #: The hook's: a full state goes into `states` after every so many iterations, 0: none does; and how long to wait for
-    #: a shadow.
-    full_state_every: int = 0
-    shadow_s: float = 0.0
-
-    def layout(self) -> plans.Layout:
-        """Return the library's layout; ConfigError if the version cannot have the options.
-
-        Up to 2.15 long messages are always split as for adaptive routing (net_ib.cc).
-        """
-        document = {
-            "source": "modelled",
-            "library": "nccl",
-            "version": self.nccl,
-            "protocol": self.protocol,
-            "ring": list(range(self.ranks)),
-            "channels": self.channels,
-            "pin_channels": self.pin_channels,
-            "queue_pairs": self.queue_pairs,
-            "split_queue_pairs": self.split_queue_pairs,
-            "mtu": self.mtu,
-            "adaptive_routing": self.adaptive_routing or int(self.nccl.split(".")[1]) <= 15,
-        }
-        try:
-            return plans.Layout.model_validate_json(json.dumps(document))
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()[2].strip().removeprefix("Value error, ")) from error
-
-
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    save(temporary)
-    os.chmod(temporary, 0o600)
-    os.replace(temporary, path)
+__all__ = ["Recording", "record"]
 
 
 def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
@@ -167,53 +76,45 @@ class _Rank:
         return connections(self.layout, link, recording.ip, recording.vlan, recording.start_psn)
 
     def train(self, done: Callable[[int], None]) -> str:
-        """Train; return a digest of the final state."""
+        """Train; return a digest of the final parameters."""
         recording = self.recording
-        model = gpt.build(recording.parameters, recording.seed).to(getattr(torch, recording.dtype))
-        name, options = OPTIMIZERS[recording.optimizer]
-        form = {"fused": True} if recording.fused else {}
-        optimizer = getattr(torch.optim, name)(model.parameters(), **options, **form)
         if self.tap:
             self.tap.recording = recording.startup
-        ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb, process_group=self._group)
+        job = Job(recording, self.rank, self._group)
         if self.tap:
             self.tap.recording = True
         if self.rank == 0 and not recording.startup:
-            state = {"model": model.state_dict()}
-            _write(recording.out / "initial.pt", lambda path: torch.save(state, path))
-
-        def backward(iteration: int) -> None:
-            inputs, targets = gpt.batch(recording.seed, self.rank, iteration)
-            torch.nn.functional.cross_entropy(ddp(inputs).flatten(0, 1), targets.flatten()).backward()
-
-        begin = 0
-        if recording.resume:
-            begin = flowcheck.resume(ddp, optimizer, recording.resume, lambda: backward(1))
-        operations = self._groups[0].operations
-        startup, seen = list(operations), []
-        with self._attach(ddp, optimizer) if recording.hook else contextlib.nullcontext():
-            for iteration in range(begin + 1, recording.iterations + 1):
-                operations.clear()
-                optimizer.zero_grad(set_to_none=True)
-                backward(iteration)
-                if self.rank == 0 and self.links and not recording.hook and iteration <= 2:
-                    seen.append((list(operations), describe.rebuilt_buckets(ddp) or describe.first_buckets(ddp)))
-                    if iteration == min(2, recording.iterations):
-                        self._write_plan(model, optimizer, startup if recording.startup else None, seen)
-                optimizer.step()
-                if self.rank == 0:
-                    self._note(iteration, model, optimizer)
-                    done(iteration)
-        digest = hashlib.sha256()
-        for parameter in model.parameters():
-            digest.update(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes())
+            state = {"model": job.model.state_dict()}
+            write(recording.out / "initial.pt", lambda path: torch.save(state, path))
+        job.resume()
+        if recording.hook:
+            with self._attach(job):
+                job.run(done)
+        else:
+            job.run(done, self._observer(job))
         dist.barrier()  # an adapter that is gone can repeat nothing: none goes before all have got everything
         self._groups[0].ring.close()
         if self.tap:
             self.tap.close()
-        return digest.hexdigest()
+        return job.digest()
 
-    def _attach(self, ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> flowcheck.training.Attached:
+    def _observer(self, job: Job) -> Callable[[int], None]:
+        """Return what is called before each step of a job without the hook, and writes the plan from what it sees."""
+        operations, seen = self._groups[0].operations, []
+        startup = list(operations) if self.recording.startup else None
+        operations.clear()
+
+        def observe(iteration: int) -> None:
+            if self.rank == 0 and self.links and iteration <= 2:
+                buckets = describe.rebuilt_buckets(job.ddp) or describe.first_buckets(job.ddp)
+                seen.append((list(operations), buckets))
+                if iteration == min(2, self.recording.iterations):
+                    self._write_plan(job, startup, seen)
+            operations.clear()
+
+        return observe
+
+    def _attach(self, job: Job) -> flowcheck.training.Attached:
         """Have the job shadowed: live by the monitor ports' streams, else by the links' capture files."""
         recording = self.recording
         if recording.network:
@@ -235,8 +136,8 @@ class _Rank:
         if not recording.startup:
             wire["startup"] = []  # the tap has counted nothing before this
         return flowcheck.attach(
-            ddp,
-            optimizer,
+            job.ddp,
+            job.optimizer,
             plan_url=recording.out,
             wire=wire,
             run_id=f"trained-gpt-seed{recording.seed}",
@@ -245,35 +146,19 @@ class _Rank:
             required=True,
         )
 
-    def _note(self, iteration: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Leave what this iteration's truth is."""
-        recording, ended = self.recording, time.time_ns()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
-        if recording.steps:
-            row = {"iteration": iteration, "ended_ns": ended}
-            if recording.truth == "digests":
-                row["digest"] = digest(state)
-            with open(
-                recording.out / "steps.jsonl", "a", opener=lambda path, flags: os.open(path, flags, 0o600)
-            ) as file:
-                file.write(json.dumps(row) + "\n")
-        if recording.truth == "states":
-            truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
-            _write(truth, lambda path: torch.save(state, path))
-
-    def _write_plan(self, model: Any, optimizer: Any, startup: Any, seen: Any) -> None:
+    def _write_plan(self, job: Job, startup: Any, seen: Any) -> None:
         recording = self.recording
         document = recorded_plan.document(
             run_id=f"recorded-gpt-seed{recording.seed}",
-            model=model,
-            optimizer=optimizer,
+            model=job.model,
+            optimizer=job.optimizer,
             layout=self.layout,
             links={link: self._connections(link) for link in self.links},
             startup=startup,
             iterations=seen,
         )
         plans.parse(json.dumps(document), "the recorded plan")
-        _write(recording.out / "plan.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+        write(recording.out / "plan.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
 
 
 def _run_rank(recording: Recording, rank: int, links: tuple[int, ...], rendezvous: str, pipe: Any) -> None:

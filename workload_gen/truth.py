@@ -25,5 +25,5 @@ def digest(state: dict[str, Any]) -> str:
             result.update(f"{name} {tensor!r}\n".encode())
             continue
         result.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        result.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return result.hexdigest()

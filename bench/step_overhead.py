@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""What the training hook costs: step time with and without `flowcheck.attach`, in turn, in one job over the fabric.
+
+The stages are off. Every pair is a block of steps without the hook and one with it, attached and detached between them, so
+that both meet the same machine. Prints the ratio of the medians with a 95% interval (bootstrap over pairs). Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from workload_gen._nic import Nic
+
+import flowcheck
+from workload_gen import backend, gpt, recorded_plan
+from workload_gen.fabric import Fabric, adapter_socket
+from workload_gen.record import Recording
+from workload_gen.transport import FabricRing
+from workload_gen.wire import connections
+
+#: Steps at the start of a block that do not count.
+WARM_UP = 3
+
+
+def _rank(recording: Recording, rank: int, host: str, pairs: int, steps: int, queue: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    layout = recording.layout()
+    nic = Nic(adapter_socket(host, Fabric.INTERFACE), layout.mtu)
+
+    def ends(edge: int) -> list[Any]:
+        return connections(layout, edge, recording.ip, None, 0)
+
+    backend.register(layout, lambda layout, rank, store: FabricRing(layout, rank, nic, ends))
+    store = dist.FileStore(str(recording.out / "store"), recording.ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=recording.ranks)
+    model = gpt.build(recording.parameters, recording.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, fused=True)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb, process_group=flowcheck.group(backend.NAME))
+    links = {link: ends(link) for link in (0, recording.ranks - 1)}
+    streams = [{"name": f"link-{link}", "links": [link]} for link in links]
+    wire = recorded_plan.network(layout, links, streams)
+    iteration = 0
+
+    def block() -> list[float]:
+        nonlocal iteration
+        times = []
+        for _ in range(steps):
+            iteration += 1
+            begin = time.perf_counter()
+            inputs, targets = gpt.batch(recording.seed, rank, iteration)
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(ddp(inputs).flatten(0, 1), targets.flatten()).backward()
+            optimizer.step()
+            times.append(time.perf_counter() - begin)
+        return times[WARM_UP:]
+
+    block()
+    results = []
+    for pair in range(pairs):
+        found = {}
+        for hooked in (False, True) if pair % 2 else (True, False):
+            dist.barrier()
+            if hooked:
+                # Audits of a new run come at its first three iterations, then every hundred.
+                with flowcheck.attach(ddp, optimizer, plan_url=recording.out / "plan", wire=wire, wait_s=0):
+                    found[hooked] = block()
+            else:
+                found[hooked] = block()
+        results.append((found[False], found[True]))
+    dist.barrier()
+    if rank == 0:
+        queue.put(results)
+    time.sleep(1)  # the others may still ask for something again
+
+
+def measure(pairs: int, steps: int, parameters: int, ranks: int) -> dict[str, Any]:
+    """Return the medians in seconds, their ratio, and its 95% interval."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="flowcheck-bench-") as folder, Fabric(ranks, ()) as fabric:
+        recording = Recording(
+            out=Path(folder), ranks=ranks, protocol="simple", mtu=4096, ip=4, parameters=parameters, bucket_mb=1.0
+        )
+        processes = [
+            context.Process(target=_rank, args=(recording, rank, host, pairs, steps, queue), daemon=True)
+            for rank, host in enumerate(fabric.hosts)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = queue.get(timeout=3600)
+        finally:
+            for process in processes:
+                process.join(3)
+                process.kill()
+    bare = np.array([statistics.median(without) for without, _ in results])
+    hooked = np.array([statistics.median(with_it) for _, with_it in results])
+    chosen = np.random.default_rng(1).integers(0, pairs, (10_000, pairs))
+    ratios = np.median(hooked[chosen], 1) / np.median(bare[chosen], 1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return {
+        "pairs": pairs, "steps": steps, "parameters": parameters, "ranks": ranks, "bare_s": float(np.median(bare)),
+        "hooked_s": float(np.median(hooked)), "ratio": float(np.median(hooked) / np.median(bare)),
+        "interval": [float(low), float(high)], "pair_ratios": (hooked / bare).round(4).tolist(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print the result as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40, help="Of a block.")
+    parser.add_argument("--params", type=int, default=1_000_000)
+    parser.add_argument("--ranks", type=int, default=4)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.pairs, options.steps, options.params, options.ranks), indent=1))
+
+
+if __name__ == "__main__":
+    main()

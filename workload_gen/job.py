@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The example job: a GPT under DDP, the same on every rank, whatever carries its collectives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import flowcheck
+from flowcheck import plan as plans
+from flowcheck.errors import ConfigError
+from workload_gen import gpt
+from workload_gen.truth import digest
+
+if TYPE_CHECKING:
+    from workload_gen.fabric import Network
+
+__all__ = ["OPTIMIZERS", "Job", "Recording", "write"]
+
+#: Class and options by the name that the command takes.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
+    "adamw": ("AdamW", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
+    "adagrad": ("Adagrad", {"lr": 0.01}),
+    "rmsprop": ("RMSprop", {"lr": 0.001, "momentum": 0.9}),
+    "adamax": ("Adamax", {"lr": 0.002}),
+    "nadam": ("NAdam", {"lr": 0.002}),
+    "radam": ("RAdam", {"lr": 0.001}),
+}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What to train and how the network carries it; the options of `flowcheck-workload record`."""
+
+    out: Path
+    ranks: int = 2
+    iterations: int = 10
+    protocol: str = "ll"
+    nccl: str = "2.19"
+    channels: int = 1
+    pin_channels: bool = False
+    queue_pairs: int = 1
+    split_queue_pairs: bool | None = None
+    mtu: int = 1024
+    ip: int = 6
+    vlan: int | None = None
+    adaptive_routing: bool = False
+    dtype: str = "float32"
+    optimizer: str = "sgd"
+    fused: bool = False
+    parameters: int = 20_000
+    bucket_mb: float = 25.0
+    links: tuple[int, ...] | None = None
+    startup: bool = True
+    start_psn: int = 0
+    seed: int = 1
+    resume: Path | None = None
+    #: Hosts that carry the collectives; none: the ranks sum without a network.
+    network: Network | None = None
+    #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
+    truth: Literal["states", "digests", "none"] = "states"
+    steps: bool = False
+    #: The hook writes the plan and sends step records; without it the plan of a recording is written from what was seen.
+    hook: bool = False
+    #: The hook's: a full state goes into `states` after every so many iterations, 0: none does; and how long to wait for
+    #: a shadow.
+    full_state_every: int = 0
+    shadow_s: float = 0.0
+
+    def layout(self) -> plans.Layout:
+        """Return the library's layout; ConfigError if the version cannot have the options.
+
+        Up to 2.15 long messages are always split as for adaptive routing (net_ib.cc).
+        """
+        document = {
+            "source": "modelled",
+            "library": "nccl",
+            "version": self.nccl,
+            "protocol": self.protocol,
+            "ring": list(range(self.ranks)),
+            "channels": self.channels,
+            "pin_channels": self.pin_channels,
+            "queue_pairs": self.queue_pairs,
+            "split_queue_pairs": self.split_queue_pairs,
+            "mtu": self.mtu,
+            "adaptive_routing": self.adaptive_routing or int(self.nccl.split(".")[1]) <= 15,
+        }
+        try:
+            return plans.Layout.model_validate_json(json.dumps(document))
+        except ValueError as error:
+            raise ConfigError(str(error).splitlines()[2].strip().removeprefix("Value error, ")) from error
+
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    save(temporary)
+    os.chmod(temporary, 0o600)
+    os.replace(temporary, path)
+
+
+class Job:
+    """One rank's part: make -> resume -> run -> digest.
+
+    Args:
+        recording: what to train; rank 0 leaves its truth there.
+        rank: of this process.
+        group: that DDP reduces on.
+        device: where it trains.
+    """
+
+    def __init__(
+        self, recording: Recording, rank: int, group: dist.ProcessGroup, device: torch.device | str = "cpu"
+    ) -> None:
+        self.recording, self.rank, self.device = recording, rank, torch.device(device)
+        dtype = getattr(torch, recording.dtype)
+        self.model = gpt.build(recording.parameters, recording.seed).to(self.device, dtype)
+        name, options = OPTIMIZERS[recording.optimizer]
+        form = {"fused": True} if recording.fused else {}
+        self.optimizer = getattr(torch.optim, name)(self.model.parameters(), **options, **form)
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=recording.bucket_mb, process_group=group)
+        self._begin = 0
+
+    def backward(self, iteration: int) -> None:
+        """Do an iteration's forward and backward pass."""
+        inputs, targets = (part.to(self.device) for part in gpt.batch(self.recording.seed, self.rank, iteration))
+        torch.nn.functional.cross_entropy(self.ddp(inputs).flatten(0, 1), targets.flatten()).backward()
+
+    def resume(self) -> None:
+        """Go on after the state that the recording names, if it does."""
+        if self.recording.resume:
+            self._begin = flowcheck.resume(self.ddp, self.optimizer, self.recording.resume, lambda: self.backward(1))
+
+    def run(self, done: Callable[[int], None], before_step: Callable[[int], None] = lambda iteration: None) -> None:
+        """Train; rank 0 notes every step, and calls `done` with its number. `before_step` has the reduced gradients."""
+        for iteration in range(self._begin + 1, self.recording.iterations + 1):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.backward(iteration)
+            before_step(iteration)
+            self.optimizer.step()
+            if self.rank == 0:
+                self._note(iteration)
+                done(iteration)
+
+    def _note(self, iteration: int) -> None:
+        """Leave what this iteration's truth is."""
+        recording, ended = self.recording, time.time_ns()
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "iteration": iteration}
+        if recording.steps:
+            row = {"iteration": iteration, "ended_ns": ended}
+            if recording.truth == "digests":
+                row["digest"] = digest(state)
+            path = recording.out / "steps.jsonl"
+            with open(path, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(json.dumps(row) + "\n")
+        if recording.truth == "states":
+            truth = recording.out / "truth" / f"iteration-{iteration:06}.pt"
+            write(truth, lambda path: torch.save(state, path))
+
+    def digest(self) -> str:
+        """Return a digest of the parameters as they are."""
+        result = hashlib.sha256()
+        for parameter in self.model.parameters():
+            result.update(parameter.detach().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        return result.hexdigest()
