@@ -75,10 +75,10 @@ _pools = 0
 
 
 cdef class DumpLoop:
-    """DumpLoop(memory, devargs, live, frames, engine): `poll` until `finished`, then `close`. One thread.
+    """DumpLoop(memory, devargs, live, waits, frames, engine): `poll` until `finished`, then `close`. One thread.
 
-    memory: the mapped ring. devargs: device arguments of the port, its name first. live: a port (a full ring drops and
-    counts) or a file (a full ring waits). frames: how many a file holds.
+    memory: the mapped ring. devargs: device arguments of the port, its name first. live: a port, or a file. waits: a full
+    ring waits, as one for a file always does; else it drops and counts. frames: how many a file holds.
     """
 
     cdef object _memory
@@ -93,6 +93,8 @@ cdef class DumpLoop:
     cdef bint open_port
     cdef str name
     cdef bint live
+    cdef bint waits
+    cdef readonly bint held     # the last poll found the ring full, and did not look at the port
     cdef uint64_t frames
     cdef uint64_t taken         # frames received from the port in this life
     cdef uint64_t skip          # of them, those that an earlier life has in the ring
@@ -101,7 +103,8 @@ cdef class DumpLoop:
     cdef uint64_t time_flag
     cdef readonly uint64_t empty_polls
 
-    def __cinit__(self, unsigned char[::1] memory, str devargs, bint live, uint64_t frames, CopyEngine engine not None):
+    def __cinit__(self, unsigned char[::1] memory, str devargs, bint live, bint waits, uint64_t frames,
+                  CopyEngine engine not None):
         global _pools
         cdef rte_eth_conf conf
         cdef int status
@@ -112,7 +115,7 @@ cdef class DumpLoop:
         self.records = &memory[self.header.header_bytes]
         self.block = &memory[self.header.dump_state_offset]
         self.room = self.header.record_bytes - sizeof(fc_record)
-        self.engine, self.live, self.frames = engine, live, frames
+        self.engine, self.live, self.waits, self.frames = engine, live, waits, frames
         self.taken = self.empty_polls = 0
         memset(&self.state, 0, sizeof(self.state))
         fc_recover(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
@@ -208,6 +211,11 @@ cdef class DumpLoop:
             if want > self.frames - self.taken:
                 want = self.frames - self.taken
             if want == 0:
+                return 0
+        elif self.waits:
+            want = want if want < free_records else free_records
+            self.held = want == 0
+            if self.held:
                 return 0
         got = rte_eth_rx_burst(self.port, 0, mbufs, <uint16_t> want)
         if got == 0:

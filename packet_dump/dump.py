@@ -39,10 +39,12 @@ COUNT_S = 0.02
 class _Dump:
     """What file and port have in common."""
 
-    def __init__(self, ring: PacketRing, devargs: str, *, live: bool, frames: int, engine: CopyEngine | None) -> None:
+    def __init__(
+        self, ring: PacketRing, devargs: str, *, live: bool, waits: bool, frames: int, engine: CopyEngine | None
+    ) -> None:
         self._engine = engine or CopyEngine()
         self._engine.register(ring.memory)
-        self._loop = DumpLoop(ring.memory, devargs, live, frames, self._engine)
+        self._loop = DumpLoop(ring.memory, devargs, live, waits, frames, self._engine)
         self._owns_engine = engine is None
 
     def poll(self) -> int:
@@ -93,6 +95,7 @@ class FileDump(_Dump):
                 ring,
                 f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}",
                 live=False,
+                waits=True,
                 frames=frames,
                 engine=engine,
             )
@@ -120,6 +123,8 @@ class FileDump(_Dump):
 class PortDump(_Dump):
     """Dumps a DPDK port until `stop`; what a full ring cannot take is counted `dropped_ring_full`.
 
+    A memif port is left alone while the ring is full: what feeds it may wait, as no mirror can.
+
     Args:
         eal: DPDK, started.
         devargs: the port's device arguments, e.g. "net_af_packet0,iface=mon0" or a PCI address.
@@ -130,11 +135,25 @@ class PortDump(_Dump):
     def __init__(self, eal: object, devargs: str, ring: PacketRing, engine: CopyEngine | None = None) -> None:
         if not devargs:
             raise DeviceError("no port is named")
-        super().__init__(ring, devargs, live=True, frames=0, engine=engine)
+        self._waits, self._stopping = devargs.startswith("net_memif"), False
+        super().__init__(ring, devargs, live=True, waits=self._waits, frames=0, engine=engine)
+
+    def poll(self) -> int:
+        """Move one burst; return how many frames came."""
+        moved = self._loop.poll()
+        if self._stopping and not moved and not self._loop.held:
+            self._loop.stop()
+        return moved
 
     def stop(self) -> None:
-        """Say that no frame follows: the stages behind end when they have drained the ring."""
-        self._loop.stop()
+        """Say that no frame follows: the stages behind end when they have drained the ring.
+
+        A port that was left alone is drained first.
+        """
+        if self._waits:
+            self._stopping = True
+        else:
+            self._loop.stop()
 
 
 class InterfaceDump(PortDump):

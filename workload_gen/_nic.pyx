@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A network adapter's reliable connections in software: RDMA WRITEs as RoCEv2 frames through a raw socket.
+"""A network adapter's reliable connections in software: RDMA WRITEs as RoCEv2 frames through a socket.
 
 What an adapter does is done here, and nothing of what a library does above it: queue pairs with packet sequence numbers,
 writes into registered memory, acknowledgements, go-back-N, invariant CRC. IBTA specification volume 1, chapter 9.7
@@ -30,7 +30,7 @@ cdef extern from "<sys/socket.h>" nogil:
         unsigned int msg_len
     int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
-    int MSG_DONTWAIT
+    int MSG_DONTWAIT, MSG_NOSIGNAL
 
 cdef extern from "<poll.h>" nogil:
     cdef struct pollfd:
@@ -40,6 +40,7 @@ cdef extern from "<poll.h>" nogil:
     int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *mask)
     short POLLIN
     short POLLOUT
+    short POLLHUP
 
 cdef enum:
     BURST = 64
@@ -120,9 +121,9 @@ cdef inline int64_t _distance(uint32_t psn, uint32_t other) noexcept nogil:
 
 
 cdef class Nic:
-    """Nic(socket, mtu): an adapter on a raw socket; `progress` moves everything. One thread at a time.
+    """Nic(socket, mtu): an adapter on a socket that takes and gives whole frames; `progress` moves everything. One thread.
 
-    socket: bound to an interface, and kept. mtu: payload bytes of a full packet.
+    socket: a raw one, bound to an interface, or one connected to a switch; kept. mtu: payload bytes of a full packet.
 
     `sent`, `received`, `repeated`, `duplicates`, `out_of_order`, `bad_icrc` and `refused` count frames.
     """
@@ -142,6 +143,8 @@ cdef class Nic:
     cdef mmsghdr receiving[BURST]
     cdef iovec out_vectors[BURST]
     cdef iovec in_vectors[BURST]
+    cdef queue_pair *owners[BURST]  # of the data frames about to leave
+    cdef bint full              # the socket takes nothing more for now
     cdef readonly uint64_t sent, received, repeated, duplicates, out_of_order, bad_icrc, refused
 
     def __cinit__(self, socket, uint32_t mtu):
@@ -265,9 +268,11 @@ cdef class Nic:
     cdef void _wait(self, uint64_t wait_us) noexcept nogil:
         cdef pollfd one
         cdef timespec most
-        one.fd, one.events, one.revents = self.fd, POLLIN, 0
+        one.fd, one.events, one.revents = self.fd, POLLIN | POLLOUT if self.full else POLLIN, 0
         most.tv_sec, most.tv_nsec = wait_us // 1000000, wait_us % 1000000 * 1000
         ppoll(&one, 1, &most, NULL)
+        if one.revents & POLLHUP:  # the cable is cut: nothing comes, and no poll waits any more
+            ppoll(NULL, 0, &most, NULL)
 
     # -- responder --------------------------------------------------------------------------------------------------
 
@@ -276,7 +281,7 @@ cdef class Nic:
         cdef uint64_t total = 0
         while True:
             got = recvmmsg(self.fd, self.receiving, BURST, MSG_DONTWAIT, NULL)
-            if got <= 0:
+            if got <= 0 or self.receiving[0].msg_len == 0:
                 break
             for i in range(got):
                 self._take(self.into + i * FRAME_BYTES, self.receiving[i].msg_len)
@@ -315,8 +320,7 @@ cdef class Nic:
         if ahead > 0:
             self.out_of_order += 1
             if not pair.refused:
-                pair.refused = True
-                self._reply(pair, SYNDROME_NAK, pair.expected_psn)
+                pair.refused = self._reply(pair, SYNDROME_NAK, pair.expected_psn)
             return
         if wire.has & FC_HAS_RETH:
             pair.write_to, pair.write_left = NULL, 0
@@ -348,14 +352,15 @@ cdef class Nic:
                 pair.immediates[pair.arrived % WORKS] = wire.immediate
                 pair.arrived += 1
 
-    cdef void _reply(self, queue_pair *pair, uint32_t syndrome, uint32_t psn) noexcept nogil:
+    cdef bint _reply(self, queue_pair *pair, uint32_t syndrome, uint32_t psn) noexcept nogil:
+        """Send an acknowledgement; return whether it has left."""
         cdef uint8_t *frame = self.out
         cdef uint32_t at = pair.header_bytes
         memcpy(frame, pair.header, at)
         self._bth(pair, frame + at, FC_OP_ACK, 0, psn, False)
         _put32(frame + at + 12, syndrome << 24 | pair.messages & 0xFFFFFF)
         self._finish(pair, 0, at + 16)
-        self._flush(1)
+        return self._flush(1) == 1
 
     # -- requester --------------------------------------------------------------------------------------------------
 
@@ -384,12 +389,12 @@ cdef class Nic:
         cdef uint32_t i, filled = 0
         cdef uint64_t total = 0, now = 0
         cdef queue_pair *pair
+        self.full = False
         for i in range(self.pair_count):
             pair = self.pairs + i
             if pair.owes:
-                pair.owes = False
-                self._reply(pair, SYNDROME_ACK, (pair.expected_psn - 1) & 0xFFFFFF)
-                total += 1
+                pair.owes = not self._reply(pair, SYNDROME_ACK, (pair.expected_psn - 1) & 0xFFFFFF)
+                total += not pair.owes
         for i in range(self.pair_count):
             pair = self.pairs + i
             if pair.unacknowledged == pair.end:
@@ -401,17 +406,22 @@ cdef class Nic:
                     pair.next = pair.unacknowledged
                     pair.heard_ns = now
                     pair.retry_ns = pair.retry_ns * 2 if pair.retry_ns < RETRY_MOST_NS else RETRY_MOST_NS
-            while pair.next < pair.end and pair.next < pair.unacknowledged + WINDOW:
+            while not self.full and pair.next < pair.end and pair.next < pair.unacknowledged + WINDOW:
                 self._data(pair, filled)
+                self.owners[filled] = pair
                 pair.next += 1
                 filled += 1
                 if filled == BURST:
-                    self._flush(filled)
-                    total += filled
+                    total += self._flush_data(filled)
                     filled = 0
-        if filled:
-            self._flush(filled)
-        return total + filled
+        return total + self._flush_data(filled)
+
+    cdef uint32_t _flush_data(self, uint32_t count) noexcept nogil:
+        """Send frames of writes; return how many have left. The others are built again later."""
+        cdef uint32_t left = self._flush(count), i
+        for i in range(left, count):
+            self.owners[i].next -= 1
+        return left
 
     cdef void _data(self, queue_pair *pair, uint32_t slot) noexcept nogil:
         """Build the frame of packet `pair.next`."""
@@ -475,17 +485,21 @@ cdef class Nic:
         memcpy(frame + length, &crc, 4)
         self.out_vectors[slot].iov_len = length + 4
 
-    cdef void _flush(self, uint32_t count) noexcept nogil:
+    cdef uint32_t _flush(self, uint32_t count) noexcept nogil:
+        """Send the first frames of `out`; return how many have left, less than `count` if the socket is full.
+
+        Never waits: who is to make room may be waiting for this side to take what it has sent.
+        """
         cdef uint32_t done = 0
         cdef int status
-        cdef pollfd one
         while done < count:
-            status = sendmmsg(self.fd, self.sending + done, count - done, MSG_DONTWAIT)
+            status = sendmmsg(self.fd, self.sending + done, count - done, MSG_DONTWAIT | MSG_NOSIGNAL)
             if status > 0:
                 done += status
                 self.sent += status
             elif errno == EAGAIN or errno == ENOBUFS:
-                one.fd, one.events, one.revents = self.fd, POLLOUT, 0
-                ppoll(&one, 1, NULL, NULL)
+                self.full = True
+                break
             elif errno != EINTR:
-                return  # the cable is cut: frames are lost, and repeated later
+                return count  # the cable is cut: frames are lost, and repeated later
+        return done

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from flowcheck.errors import ConfigError, DeviceError
 from flowcheck.files import write_private
 from workload_gen.wire import mac
 
-__all__ = ["Fabric", "Network", "adapter_socket"]
+__all__ = ["Fabric", "Network", "adapter_socket", "connect_local", "give_room", "listen_local", "of_this_user"]
 
 _NAMESPACES = "/run/netns"
 _OURS = re.compile(r"fc(\d+)-(?:r\d+|switch)")
@@ -59,27 +60,89 @@ def _inside(namespace: str) -> Iterator[None]:
                 raise DeviceError(f"cannot {what} network namespace {namespace}: {os.strerror(code)}", code)
 
 
-def adapter_socket(namespace: str, interface: str) -> socket.socket:
-    """Return a raw socket for `workload_gen._nic.Nic` on an interface of a namespace."""
-    with _inside(namespace):
-        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    raw.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+def give_room(end: socket.socket) -> None:
+    """Let a socket hold what comes while its reader does not run, as far as the system allows."""
     for forced, option in ((33, socket.SO_RCVBUF), (32, socket.SO_SNDBUF)):  # SO_RCVBUFFORCE, SO_SNDBUFFORCE
         try:
-            raw.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
-        except PermissionError:  # root of a user namespace only: as much as the system gives anybody
-            raw.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+            end.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
+        except PermissionError:  # as much as the system gives anybody
+            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+def listen_local(name: str) -> socket.socket:
+    """Return a socket that listens for frames from this machine under a name that begins with "@"."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"\0{name[1:]}")
+    listener.listen()
+    return listener
+
+
+def of_this_user(end: socket.socket) -> bool:
+    """Return whether the process at the other end of a local socket is this user's: anybody may use any name."""
+    _, user, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user == os.getuid()
+
+
+def connect_local(name: str) -> socket.socket:
+    """Return a socket connected to the one that listens under a name; ConnectionError if none of this user does."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        end.connect(f"\0{name[1:]}")
+        if not of_this_user(end):
+            raise ConnectionError(f"{name}: another user listens there")
+    except OSError:
+        end.close()
+        raise
+    return end
+
+
+def adapter_socket(host: str, interface: str) -> socket.socket:
+    """Return a socket for `workload_gen._nic.Nic`.
+
+    Args:
+        host: a namespace, or the local socket of a port of `workload_gen.switch`, whose name begins with "@".
+        interface: in the namespace.
+
+    Raises:
+        DeviceError: nothing of this user listens at the local socket, or the namespace cannot be entered.
+    """
+    if host.startswith("@"):
+        try:
+            end = connect_local(host)
+        except ConnectionError as error:
+            raise DeviceError(f"no switch at {host}: {error}; is the process that made it there still?") from error
+        give_room(end)
+        return end
+    with _inside(host):
+        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    raw.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+    give_room(raw)
     raw.bind((interface, _ETH_P_ALL))
     return raw
 
 
 @dataclass(frozen=True)
 class Network:
-    """What ranks need of a fabric: the namespaces of their hosts, the interface there, and the monitor ports by rank."""
+    """What a job needs of a network.
+
+    Attributes:
+        hosts: of each rank, what `adapter_socket` takes.
+        interface: in each of them.
+        monitors: what shows a rank's mirrored port: an interface, or in-process the device arguments of a DPDK port.
+    """
 
     hosts: tuple[str, ...]
     interface: str
     monitors: dict[int, str]
+
+    @property
+    def transport(self) -> str:
+        """What carries the frames: "fabric" or "in-process"."""
+        return "in-process" if self.hosts[0].startswith("@") else "fabric"
+
+    def source(self, rank: int) -> dict[str, str]:
+        """Return what the stream of a mirrored rank says in a plan: its `interface` or its `port`."""
+        return {"port" if self.transport == "in-process" else "interface": self.monitors[rank]}
 
     @classmethod
     def load(cls, path: Path) -> Network:
