@@ -231,8 +231,9 @@ def diff(first: str, second: str, as_json: bool) -> None:
 )
 @click.option(
     "--transport",
-    type=click.Choice(["fabric", "offline"]),
-    help="fabric: live over a mirrored network of this machine; offline: recorded, then replayed. Default: live if it can be.",
+    type=click.Choice(["fabric", "in-process", "offline"]),
+    help="fabric: live over a mirrored network of this machine, as root; in-process: live over local sockets; offline: "
+    "recorded, then replayed. Default: the first of these that can be.",
 )
 @json_option
 @debug_option
@@ -246,16 +247,17 @@ def demo(directory: Path | None, transport: str | None, as_json: bool) -> None:
     if directory is not None and directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: not empty; name a new folder")
     with step_progress() as progress:
-        if transport == "offline":
-            report = offline.demo(directory, progress)
-        else:
+        for choice in (transport,) if transport else ("fabric", "in-process", "offline"):
             try:
-                report = live.demo(directory, progress)
+                if choice == "offline":
+                    report = offline.demo(directory, progress)
+                else:
+                    report = live.demo(directory, choice, progress)
+                break
             except DeviceError as error:
-                if transport == "fabric":
+                if transport or choice == "offline":
                     raise
-                click.echo(f"not live, but from a recording: {error}", err=True)
-                report = offline.demo(directory, progress)
+                click.echo(f"not over {choice}: {error}", err=True)
     if as_json:
         print_json(report)
     else:

@@ -125,28 +125,29 @@ def _compare(out: Path, truth: dict[int, str], progress: Progress) -> bool:
     return equal
 
 
-def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
+def demo(directory: Path | None, transport: str, progress: Progress) -> dict[str, Any]:
     """Run the demonstration in a folder (a new temporary one if None) and return the document of `demo --json`.
 
     Args:
         directory: where everything goes; kept.
+        transport: what carries the job's frames: "fabric", or "in-process".
         progress: called with (what, steps done, steps in all).
 
     Raises:
         DeviceError: the network cannot be built here.
         FlowCheckError: a part of it failed.
     """
-    from flowcheck import interfaces
     from updater.listing import listing
     from updater.restore import restore_state, write_torch
     from workload_gen.fabric import Fabric
+    from workload_gen.switch import Switch
 
     folder = Path(directory or tempfile.mkdtemp(prefix="flowcheck-demo-"))
     checkpoints, network = folder / "checkpoints", folder / "network.json"
-    with Fabric(RANKS, (MIRRORED,)) as fabric:
+    kind = Switch if transport == "in-process" else Fabric
+    with kind(RANKS, (MIRRORED,)) as wire:
         folder.mkdir(parents=True, exist_ok=True)
-        fabric.network.store(network)
-        monitor = fabric.monitors[MIRRORED]
+        wire.network.store(network)
         running: list[Any] = []
         try:
             whole = _Job(network, folder / "uninterrupted", "--shadow", "0")
@@ -154,7 +155,7 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
             whole.follow("training, never stopped", ITERATIONS, progress)
             whole.wait()
 
-            seen = interfaces.received_bytes(monitor)
+            _, seen = wire.mirrored(MIRRORED)
             killed = _Job(network, folder / "killed")
             running.append(killed)
             shadow = _start_shadow(killed.out / "plan.json", checkpoints, killed)
@@ -163,7 +164,7 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
             time.sleep(random.uniform(0.2, 0.8) * _step_ms(killed.steps()) / 1e3)  # somewhere in the next iteration
             killed.kill()
             killed.wait()
-            seen = interfaces.received_bytes(monitor) - seen
+            seen = wire.mirrored(MIRRORED)[1] - seen
             packets = _stop(shadow)["packets"]
 
             steps = killed.steps()
@@ -175,7 +176,7 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
             write_torch(state, folder / "restored.pt")
             same = True
             if state.iteration < ITERATIONS:
-                resumed = _Job(network, folder / "resumed", "--resume", str(folder / "restored.pt"))
+                resumed = _Job(network, folder / "resumed", "--resume", str(folder / "restored.pt"), "--shadow", "0")
                 running.append(resumed)
                 resumed.follow("training, resumed", ITERATIONS, progress)
                 resumed.wait()
@@ -188,7 +189,7 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
     # What the kill cut off was never an iteration of the training.
     complete = [rows.get(iteration) for iteration in range(1, finished + 1)]
     return {
-        "transport": "fabric",
+        "transport": transport,
         "ranks": RANKS,
         "iterations": ITERATIONS,
         "committed": list(rows.values()).count("committed"),

@@ -13,6 +13,9 @@ _numbers = itertools.count()
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network interfaces: needs root")
 
+#: Of root, as the tests may run, nothing is left.
+bare = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--") if os.geteuid() == 0 else ()
+
 
 def ip(*words):
     subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)

@@ -18,8 +18,8 @@ KEYS = {
 pytestmark = pytest.mark.dpdk
 
 
-def demo(*options):
-    command = [sys.executable, "-m", "flowcheck", "demo", "--json", *map(str, options)]
+def demo(*options, prefix=()):
+    command = [*prefix, sys.executable, "-m", "flowcheck", "demo", "--json", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -29,11 +29,12 @@ def demo(*options):
     return report
 
 
-@network.needs_root
-def test_live_it_kills_restores_resumes_and_compares(tmp_path):
-    report = demo("--dir", tmp_path / "demo")
+@pytest.mark.parametrize("transport", [pytest.param("fabric", marks=network.needs_root), "in-process"])
+def test_live_it_kills_restores_resumes_and_compares(tmp_path, transport):
+    # Without privileges it finds by itself what it can do.
+    report = demo("--dir", tmp_path / "demo", prefix=network.bare if transport == "in-process" else ())
     folder = Path(report["dir"])
-    assert report["transport"] == "fabric" and report["frames"] > 1000 and report["bytes"] > 10**6
+    assert report["transport"] == transport and report["frames"] > 1000 and report["bytes"] > 10**6
     state = torch.load(folder / "restored.pt", weights_only=True)
     assert state["iteration"] == report["restored"]
     ended = {

@@ -185,10 +185,11 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
 @_job_options
 @click.option(
     "--transport",
-    type=click.Choice(["fabric", "nccl"]),
+    type=click.Choice(["fabric", "in-process", "nccl"]),
     default="fabric",
     show_default=True,
-    help="fabric: a network of this machine; nccl: the cluster's, under torchrun, one process a rank.",
+    help="fabric: a network of this machine, which needs root; in-process: local sockets between the ranks; nccl: the "
+    "cluster's network, under torchrun, one process a rank.",
 )
 @click.option(
     "--wire",
@@ -199,7 +200,7 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
     "--network",
     "network_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="JSON description of a network that stands; without it one is built for this job, which needs root.",
+    help="JSON description of a network that stands; without it one is built for this job.",
 )
 @click.option(
     "--mirror", default="0", show_default=True, metavar="N,N..", callback=_links, help="Ranks whose ports are mirrored."
@@ -268,8 +269,13 @@ def train(
         progress = stack.enter_context(step_progress())
         if network_path is not None:
             network = Network.load(network_path)
+        elif transport == "in-process":
+            from workload_gen.switch import Switch
+
+            network = stack.enter_context(Switch(recording.ranks, mirror)).network
         else:
             network = stack.enter_context(Fabric(recording.ranks, mirror)).network
+        click.echo(f"transport: {network.transport}", err=True)
         if recording.hook and shadow_s:
             click.echo(f"plan: {recording.out / 'plan.json'}; to shadow: flowcheck run PLAN --out DIR", err=True)
         run(replace(recording, network=network), lambda done, total: progress("iterations", done, total))

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flowcheck import interfaces
 from flowcheck.errors import ConfigError, DeviceError
 from flowcheck.files import write_private
 from workload_gen.wire import mac
@@ -217,6 +218,11 @@ class Fabric:
             _ip(f"link set {monitor} {quiet}")
             self._in_switch("tc", "qdisc", "add", "dev", f"port{rank}", "clsact")
             self.mirror(rank)
+
+    def mirrored(self, rank: int) -> tuple[int, int]:
+        """Return how many frames and bytes of a port came to its monitor."""
+        monitor = self.monitors[rank]
+        return interfaces.received(monitor), interfaces.received_bytes(monitor)
 
     def mirror(self, rank: int, on: bool = True) -> None:
         """Begin, or end, the mirroring of a port."""

@@ -124,7 +124,7 @@ class _Rank:
                     "name": f"host{rank}",
                     "links": links,
                     "host": [self._connections(rank)[0].forward.source],
-                    "interface": recording.network.monitors[rank],
+                    **recording.network.source(rank),
                 }
                 for rank, links in shown.items()
             ]
