@@ -23,7 +23,7 @@ import numpy as np
 
 from flowcheck import learning
 from flowcheck.errors import LearningError
-from flowcheck.layout import SLOTS, queue_pair_pieces
+from flowcheck.layout import SLOTS, first_step, queue_pair_pieces
 from flowcheck.learning import Pass
 from flowcheck.plan import DTYPE_BYTES, LearnedLayout
 from flowcheck.ring import PacketRing
@@ -59,13 +59,15 @@ class Learned:
     """What a plan needs: its `layout`, `connections`, and the collectives before iterations, as its JSON has them.
 
     `startup` is all that the connections carried up to the first iteration, `before` what they carried between an
-    iteration and passes that followed it.
+    iteration and passes that followed it. The layout's anchors are before `startup`; `ends` are anchors behind it, for who
+    reads on where the passes ended and leaves `startup` out.
     """
 
     layout: dict[str, Any]
     connections: list[dict[str, Any]]
     startup: list[dict[str, Any]]
     before: list[dict[str, Any]]
+    ends: list[dict[str, Any]]
 
 
 @dataclass
@@ -716,6 +718,24 @@ class _Document:
             step = self._step_of(connection, layout, start, section)
         return {"psn": psn, "message": begin, "step": step % SLOTS if connection.protocol == "simple" else step}
 
+    def _end(
+        self, connection: _Connection, layout: LearnedLayout, anchor: dict, raw: list[list[int]], end: int
+    ) -> dict:
+        """Return where a connection stands when raw messages and the passes before `end` have followed an anchor."""
+        tables = [connection.tables[step.dtype, step.elements] for step in self.passes[:end]]
+        wire = np.array(
+            [size for size, _ in raw] + [size for t in tables for size in t.turned().wire.tolist()], np.int64
+        )
+        step = anchor["step"] + sum(steps for _, steps in raw)
+        for table in tables:
+            if len(table.wire):
+                step = first_step(layout, "all_reduce", step)[0] + len(table.wire) * layout.message_steps
+        psn = [
+            (start + int(queue_pair_pieces(layout, number, anchor["message"], wire).packets.sum())) % 2**24
+            for number, start in enumerate(anchor["psn"])
+        ]
+        return {"psn": psn, "message": anchor["message"] + len(wire), "step": step}
+
     def _step_of(self, connection: _Connection, layout: LearnedLayout, start: int, section: int) -> int:
         """Return the step of the first message of a section's passes, counted back from the first group found there."""
         group = next(g for g in self.groups if g.section == section and g.index in connection.found)
@@ -742,7 +762,12 @@ class _Document:
             self._anchor(connection, layout, start, raw, sections[0])
             for connection, start, raw in zip(self.connections, starts, raws, strict=True)
         ]
-        startup = self._operations(raws, 0, self.begins[0] if self.begins else len(self.passes))
+        end = self.begins[0] if self.begins else len(self.passes)
+        startup = self._operations(raws, 0, end)
+        ends = [
+            self._end(connection, layout, anchor, raw, end)
+            for connection, anchor, raw in zip(self.connections, anchors, raws, strict=True)
+        ]
         before: list[dict[str, Any]] = []
         for section in sections[1:]:
             first = self._first(section)
@@ -757,7 +782,7 @@ class _Document:
                     )
                 between.append(raw)
             before = self._operations(between, first, len(self.passes))
-        return Learned(document | {"anchors": anchors}, self._named(), startup, before)
+        return Learned(document | {"anchors": anchors}, self._named(), startup, before, ends)
 
     def _operations(self, raws: list[list[list[int]]], begin: int, end: int) -> list[dict[str, Any]]:
         raw = [{"op": "raw", "messages": raws}] if any(raws) else []

@@ -207,6 +207,22 @@ def test_other_traffic_before_the_passes_is_listed(protocol):
             assert (a["first_step"] % 8 == b["first_step"] % 8).all()
 
 
+@pytest.mark.parametrize("protocol", ["ll", "simple"])
+def test_the_job_can_be_followed_from_where_the_passes_ended(protocol):
+    job = Job(layout(protocol, 3, 2, 2, "2.24"), (0, 1), start_psn=2**24 - 3)
+    job.broadcast(2000)
+    for number in range(2):
+        job.round(KINDS, number)
+    learned = job.learned()
+    for connection, end in zip(learned.connections, learned.ends, strict=True):
+        sent = job.taps[connection["edge"]]._links[connection["channel"]]
+        assert end["psn"] == [psn % 2**24 for psn in sent.psn]
+        assert (end["message"], end["step"] % 8) == (sent.messages, sent.step % 8)
+    learned.startup.clear()
+    learned.layout["anchors"] = learned.ends
+    compile_programs(plans.parse(json.dumps(plan_document(job, learned, KINDS))))
+
+
 def test_passes_after_an_iteration_are_listed_for_the_next_revision():
     job = Job(layout("simple", 2, 2, 2, "2.24"))
     job.broadcast(2000)
