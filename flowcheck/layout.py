@@ -17,7 +17,16 @@ import numpy as np
 
 from flowcheck import schedule
 from flowcheck.formats import ROW, SEGMENT
-from flowcheck.plan import DTYPE_BYTES, Collective, Layout, LearnedLayout, Plan, RawOperation, Revision
+from flowcheck.plan import (
+    DTYPE_BYTES,
+    Collective,
+    Layout,
+    LearnedLayout,
+    Plan,
+    RawOperation,
+    Revision,
+    UnlearnedLayout,
+)
 from flowcheck.schedule import MESSAGE, PROTOCOLS
 from flowcheck.verdicts import VERDICTS
 
@@ -35,6 +44,9 @@ __all__ = [
     "wire_bytes",
 ]
 
+#: A ring holds so many iterations' bytes, twice, while a layout is learned: two rounds of passes of each revision and the
+#: first iteration are about eighteen.
+ITERATIONS_OF_LEARNING = 10
 #: Slots of a connection's buffer (NCCL_STEPS).
 SLOTS = 8
 #: A message that is split over queue pairs is cut on such boundaries.
@@ -217,10 +229,12 @@ class _Table:
             messages.append(operation.rows(self.layout, begin - self.step + before, message - self.message))
             step, message = begin + total, message + len(operation.messages)
         rows = np.concatenate(messages)
+        # The next pass begins where its first operation does, which may skip steps.
+        steps = first_step(self.layout, operations[0].op, step)[0] - self.step
         for number in range(len(self.psn)):
-            packets = self._append(number, rows, step - self.step, (first_iteration, period, repeats))
+            packets = self._append(number, rows, steps, (first_iteration, period, repeats))
             self.psn[number] += packets * repeats
-        self.step += (step - self.step) * repeats
+        self.step = step + steps * (repeats - 1)
         self.message += len(rows) * repeats
 
     def _append(self, number: int, messages: np.ndarray, steps: int, iterations: tuple[int, int, int]) -> int:
@@ -304,6 +318,7 @@ def _record(plan: Plan, index: int, revision: Revision) -> _Operation:
     counted = messages["elements"] * 4
     if receiver != plan.shard.step_record.contributor:
         filled = np.clip(2 * form.words - messages["first"], 0, messages["elements"]) * 4
+        filled -= filled % 8  # a learned partial sum may not show its last element, and half a unit cannot be brought
         messages["final"] |= early & (filled > 0)
         counted = np.where(early, filled, counted)
     begin, _ = plan.record_range(revision)
@@ -374,7 +389,12 @@ def _compile(plan: Plan, index: int) -> Program:
 
 
 def frames_per_iteration(plan: Plan, stream: str) -> int:
-    """Return how many frames an iteration's gradients are on a stream, at most: data, credits, acknowledgements."""
+    """Return how many frames an iteration's gradients are on a stream, at most: data, credits, acknowledgements.
+
+    Of a layout that is yet to be learned: all that comes until it is.
+    """
+    if isinstance(plan.shard.layout, UnlearnedLayout):
+        return _frames_of_learning(plan, stream)
     shown, most = plan.shard.stream_connections(stream), 0
     for revision in plan.shard.revisions:
         count = 0
@@ -387,6 +407,14 @@ def frames_per_iteration(plan: Plan, stream: str) -> int:
                     count += 2 * int(queue_pair_pieces(plan.shard.layout, number, 0, wire).packets.sum())
         most = max(most, count)
     return most
+
+
+def _frames_of_learning(plan: Plan, stream: str) -> int:
+    layout = plan.shard.layout
+    ranks, gradient = len(layout.ring), plan.shard.revisions[0].gradient_bytes
+    # In LL, which doubles the bytes; and a quarter more for credits and acknowledgements.
+    packets = -(-2 * (ranks - 1) * 2 * gradient // (ranks * layout.mtu)) * 5 // 4
+    return len(plan.shard.stream(stream).links) * packets * ITERATIONS_OF_LEARNING
 
 
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Anchor", "CreditForm", "LearnedLayout", "LearnedOperation", "RawOperation"]
+__all__ = ["Anchor", "CreditForm", "LearnedLayout", "LearnedOperation", "RawOperation", "UnlearnedLayout"]
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Positive = Annotated[int, Field(gt=0, lt=2**40)]
@@ -69,6 +69,15 @@ class RawOperation(_Model):
     op: Literal["raw"]
     messages: tuple[tuple[tuple[Count, Annotated[int, Field(ge=1, le=8)]], ...], ...]
     carries: None = None
+
+
+class UnlearnedLayout(_Model):
+    """A layout that is yet to be learned, in a plan that is not complete: what the learner must know before."""
+
+    source: Literal["unlearned"]
+    ring: Annotated[tuple[Count, ...], Field(min_length=2)]
+    mtu: Literal[256, 512, 1024, 2048, 4096]
+    link_gbps: Annotated[int, Field(ge=1, le=3200)] = 400
 
 
 class LearnedLayout(_Model):

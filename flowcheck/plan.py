@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flowcheck.errors import ConfigError
 from flowcheck.formats import IDENTITY
-from flowcheck.learned import LearnedLayout, RawOperation
+from flowcheck.learned import LearnedLayout, RawOperation, UnlearnedLayout
 from flowcheck.step_record import RecordForm
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "StateEntry",
     "StepRecord",
     "Stream",
+    "UnlearnedLayout",
     "load",
     "parse",
 ]
@@ -398,8 +399,8 @@ class Shard(_Model):
     startup: tuple[Operation, ...] = ()
     revisions: Annotated[tuple[Revision, ...], Field(min_length=1)]
     step_record: StepRecord | None = None
-    layout: Annotated[Layout | LearnedLayout, Field(discriminator="source")]
-    connections: Annotated[tuple[Connection, ...], Field(min_length=1, max_length=64)]
+    layout: Annotated[Layout | LearnedLayout | UnlearnedLayout, Field(discriminator="source")]
+    connections: Annotated[tuple[Connection, ...], Field(max_length=64)] = ()
     streams: Annotated[tuple[Stream, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -412,6 +413,10 @@ class Shard(_Model):
         ranks, layout = len(self.layout.ring), self.layout
         if self.step_record and self.step_record.contributor >= ranks:
             raise ValueError(f"step_record.contributor is rank {self.step_record.contributor} of {ranks}")
+        if isinstance(layout, UnlearnedLayout):
+            return self
+        if not self.connections:
+            raise ValueError("connections: none are listed")
         self._check_source()
         seen: dict[object, int] = {}
         for number, connection in enumerate(self.connections):
@@ -621,6 +626,8 @@ class Plan(_Model):
         if self.state:
             self._check_model()
             self._check_extra()
+        if self.complete and isinstance(self.shard.layout, UnlearnedLayout):
+            raise ValueError("shards[0].layout is unlearned: only a plan that is not complete may say so")
         if self.record_form is not None and isinstance(self.shard.layout, LearnedLayout):
             self.shard.layout.check_operations("shards[0].step_record", [("float32", self.record_form.elements)])
         return self
@@ -810,7 +817,7 @@ class Plan(_Model):
 
 
 #: Which of several models a field was read as stands in an error's location, between the fields' names.
-_TAGS = {"modelled", "learned", "all_gather", "broadcast", "all_reduce", "raw"}
+_TAGS = {"modelled", "learned", "unlearned", "all_gather", "broadcast", "all_reduce", "raw"}
 
 
 def _field(location: tuple[int | str, ...]) -> str:

@@ -4,6 +4,8 @@
     plan.json         what the shadow must know; written again, complete, once DDP's final buckets are known
     initial.pt        the state that training begins from
     shadow.json       the shadow's: which plan it follows, and that every frame from now on is captured
+    passes.json       the index patterns that were reduced, where a layout is to be learned
+    learned.json      the shadow's: the layout that they have shown, or why they have not
     states/           full states, state-NNNNNN.pt, the way on after a loss
 
 Everything appears whole or not at all, mode 0600. Any file system that both hosts see will do.
@@ -23,9 +25,10 @@ from urllib.parse import unquote, urlsplit
 from flowcheck.errors import ConfigError
 from flowcheck.plan import Plan
 
-__all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INITIAL_STATE", "PLAN", "RunFolder", "state_name"]
+__all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INITIAL_STATE", "LEARNED", "PASSES", "PLAN", "RunFolder", "state_name"]
 
 PLAN, INITIAL_STATE, ACKNOWLEDGEMENT, FULL_STATES = "plan.json", "initial.pt", "shadow.json", "states"
+PASSES, LEARNED = "passes.json", "learned.json"
 _KEPT = 3
 _LOOK_S = 0.05
 
@@ -66,7 +69,22 @@ class RunFolder:
 
     def save_plan(self, document: dict[str, Any]) -> None:
         """Write the plan."""
-        self.save(PLAN, lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+        self._save_json(PLAN, document)
+
+    def _save_json(self, name: str, document: Any) -> None:
+        self.save(name, lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+
+    def learned(self, run_id: str, passes: list[dict[str, Any]], patience_s: float) -> dict[str, Any] | None:
+        """Tell the shadow what was reduced so far; return what it says of it, None if it says nothing in so many seconds."""
+        self._save_json(PASSES, {"run_id": run_id, "passes": passes})
+        end = time.monotonic() + patience_s
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                answer = json.loads((self.path / LEARNED).read_text())
+                if (answer["run_id"], answer["passes"]) == (run_id, len(passes)):
+                    return answer
+            time.sleep(_LOOK_S)
+        return None
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write a full state, which names its iteration, as a torch file; all but the newest few are removed."""

@@ -29,6 +29,7 @@ from flowcheck import plan as plans
 from flowcheck.counters import extract_state, packet_counters, parse_counts
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.files import write_private
+from flowcheck.learned import UnlearnedLayout
 from flowcheck.ring import PacketRing
 from flowcheck.run_folder import ACKNOWLEDGEMENT, FULL_STATES
 from flowcheck.slots import SlotFile
@@ -167,7 +168,7 @@ class Supervisor:
         try:
             self._discard_others(scratch, plan)
             write_private(scratch / _DUMPED_PLAN, plan.canonical())
-            self._children = self._dumps(scratch) + (self._others(scratch) if plan.complete else [])
+            self._children = self._dumps(scratch) + (self._others(scratch) if plan.complete else self._learner(scratch))
             self._watch(scratch)
             document = self._status(scratch)
             # What was not drained stays for the next run.
@@ -200,11 +201,11 @@ class Supervisor:
             for path in scratch.iterdir():
                 path.unlink()
 
-    def _child(self, scratch: Path, name: str, package: str, plan: Path, *words: object) -> _Child:
-        options = ["--busy"] if self.busy else []
+    def _child(self, scratch: Path, name: str, module: str, plan: Path, *words: object) -> _Child:
+        options = ["--busy"] if self.busy and name != "learn" else []
         # Threads of the optimizer step that spin for work take the cores of the other stages.
         environment = dict(os.environ) if self.busy else {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        command = [sys.executable, "-c", f"from {package}.cli import main; main()", str(plan)]
+        command = [sys.executable, "-c", f"from {module} import main; main()", str(plan)]
         errors = scratch / f"{name.replace(' ', '-')}.stderr"
         return _Child(name, [*command, *map(str, words), *options], errors, environment)
 
@@ -214,21 +215,38 @@ class Supervisor:
     def _dumps(self, scratch: Path) -> list[_Child]:
         plan = scratch / _DUMPED_PLAN
         return [
-            self._child(scratch, f"dump {name}", "packet_dump", plan, "--stream", name, "--ring", ring)
+            self._child(scratch, f"dump {name}", "packet_dump.cli", plan, "--stream", name, "--ring", ring)
             for name, ring in self._rings(scratch).items()
         ]
+
+    def _learner(self, scratch: Path) -> list[_Child]:
+        """Return what learns the layout while the plan is incomplete, if it is to be learned."""
+        if not isinstance(self._plan.shard.layout, UnlearnedLayout):
+            return []
+        words = [word for ring in self._rings(scratch).values() for word in ("--ring", ring)]
+        return [self._child(scratch, "learn", "packet_parser.learn_cli", self.plan_path, *words)]
+
+    def _end_learner(self) -> None:
+        """End what learned the layout: the plan has it."""
+        for child in self._children:
+            if child.name == "learn" and child.process is not None:
+                child.process.kill()
+                child.process.wait()
+        self._children = [child for child in self._children if child.name != "learn"]
 
     def _others(self, scratch: Path) -> list[_Child]:
         """Return the stages behind the dumps: for them the plan must be complete."""
         rings, slots = self._rings(scratch), ("--slots", scratch / "slots")
         children = [
-            self._child(scratch, f"parse {name}", "packet_parser", self.plan_path, "--stream", name, "--ring", ring)
+            self._child(scratch, f"parse {name}", "packet_parser.cli", self.plan_path, "--stream", name, "--ring", ring)
             for name, ring in rings.items()
         ]
         ring_words = [word for ring in rings.values() for word in ("--ring", ring)]
-        children.append(self._child(scratch, "extract", "data_extractor", self.plan_path, *ring_words, *slots))
+        children.append(self._child(scratch, "extract", "data_extractor.cli", self.plan_path, *ring_words, *slots))
         bases = ("--bases", self.plan_path.parent / FULL_STATES, "--bases", scratch / INBOX)
-        children.append(self._child(scratch, "update", "updater", self.plan_path, *slots, "--out", self.out, *bases))
+        children.append(
+            self._child(scratch, "update", "updater.cli", self.plan_path, *slots, "--out", self.out, *bases)
+        )
         return children
 
     def _complete(self, scratch: Path) -> bool:
@@ -254,6 +272,7 @@ class Supervisor:
                 self._tend(child)
             now = time.monotonic()
             if acknowledged and not self._plan.complete and not self._stopping and self._complete(scratch):
+                self._end_learner()
                 others = self._others(scratch)
                 for child in others:
                     child.start()
@@ -270,6 +289,7 @@ class Supervisor:
                 told, draining_until = True, now + _DRAIN_S
                 self.say("stopping: draining what was captured")
             if self._stopping:
+                self._end_learner()
                 self._stop_dumps()
                 if now > draining_until:
                     left = ", ".join(child.name for child in self._children if not child.done)

@@ -22,7 +22,7 @@ from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from flowcheck import audit, describe, refusals, step_record
+from flowcheck import audit, describe, learning, refusals, step_record
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.run_folder import INITIAL_STATE, RunFolder
@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 _groups: list[dist.ProcessGroup] = []
 #: Extra state travels in every record; what is larger belongs into full states, or follows from the iteration's number.
 _MOST_EXTRA_BYTES = 1 << 20
+#: Rounds of patterns at least and at most, and seconds to wait for what the shadow says of them.
+_LEAST_ROUNDS, _MOST_ROUNDS, _LEARNING_S = 2, 4, 120.0
 
 
 def group(backend: str | None = None, **options: Any) -> dist.ProcessGroup:
@@ -75,6 +77,8 @@ def attach(
         optimizer: of torch.optim, of this model's parameters; the only one that steps them.
         plan_url: the folder where plan and full states reach the shadow: a path or file:///path that both hosts see.
         wire: the parts of the plan that describe the network: `layout`, `connections`, `streams`; or a JSON file of them.
+            With a layout of source `unlearned` there are no connections: the job reduces index patterns before its first
+            and its second iteration, from which the shadow learns both.
         run_id: names the run; one is made up if None.
         scaler: the GradScaler that steps the optimizer, if one does.
         buffers: state_dict keys of buffers that change in training (BatchNorm statistics); their values on one rank, the
@@ -127,7 +131,7 @@ def attach(
     if folder is not None:
         state = hook._state(0)
         folder.save(INITIAL_STATE, lambda path: torch.save(state, path))
-    hook._publish()
+    hook._begin_run()
     return hook
 
 
@@ -167,11 +171,13 @@ def _document(
         what = f"{sorted(unknown)[0]!r} is not known" if unknown else "'layout' is missing"
         raise ConfigError(f"wire: {what}; expected 'layout', 'connections' and 'streams' as docs/plan.md has them")
     ring = network["layout"].get("ring") or list(range(dist.get_world_size()))
+    if network["layout"].get("source") == "unlearned":
+        startup = []  # that is on the wire, too
     receivers = {ring[(link + 1) % len(ring)] for stream in network.get("streams", ()) for link in stream["links"]}
     return {
         "format": "flowcheck-plan",
         "version": 1,
-        "complete": buckets is not None,
+        "complete": buckets is not None and network["layout"].get("source") != "unlearned",
         "job": {
             "run_id": run_id or f"run-{uuid.uuid4().hex[:12]}",
             "world_size": dist.get_world_size(),
@@ -238,6 +244,9 @@ class Attached:
         self._pending: dist.Work | None = None
         self._reduced = 0
         self._synchronised = False
+        self._rebuilt = len(self.plan.shard.revisions) > 1 or describe.rebuilt_buckets(model) is not None
+        self._passes: list[learning.Pass] = []
+        self._rounds = 0
         self._restart()
         self._handles = [
             model.register_forward_pre_hook(self._on_forward),
@@ -257,20 +266,73 @@ class Attached:
     def _parse(self) -> None:
         self.plan = plans.parse(json.dumps(self._document), "the plan of this job")
 
-    def _publish(self) -> None:
-        """Give the plan to the shadow, and wait for it once."""
+    def _begin_run(self) -> None:
+        """Give the shadow what is known before the first step."""
+        followed = self._publish()
+        if self._document["shards"][0]["layout"]["source"] != "unlearned":
+            return
+        # A shadow that is not there learns nothing; the job then trains on, and none can follow it.
+        if followed and (learned := self._learn()) and self._rebuilt:
+            self._take(learned)
+
+    def _publish(self) -> bool:
+        """Give the plan to the shadow, and wait for it once; return whether it follows."""
         self._parse()
         followed = True
         if self._folder is not None:
             self._folder.save_plan(self._document)
             followed = self._folder.wait_for_shadow(self.plan, self._wait_s) if self._wait_s else False
         followed = _from_rank_0(followed)
-        if followed or not self._wait_s:
-            return
-        what = f"no shadow follows this job after {self._wait_s:g} seconds: flowcheck run PLAN --out DIR"
+        if not followed and self._wait_s:
+            self._complain(f"no shadow follows this job after {self._wait_s:g} seconds: flowcheck run PLAN --out DIR")
+        return followed
+
+    def _complain(self, what: str) -> None:
         if self._required:
             raise FlowCheckError(what)
         _log.warning("%s; training goes on", what)
+
+    def _kinds(self) -> list[tuple[str, int]]:
+        """Return the all-reduces of an iteration as it is now."""
+        buckets = self._document["shards"][0]["revisions"][-1]["buckets"]
+        return [*((bucket["dtype"], bucket["elements"]) for bucket in buckets), ("float32", self._form.elements)]
+
+    def _learn(self) -> dict[str, Any] | None:
+        """Reduce index patterns of this iteration's all-reduces until the shadow has learned from them; None if it has not."""
+        ranks, rank = dist.get_world_size(), dist.get_rank(self._model.process_group)
+        answer: dict[str, Any] | None = None
+        for done in range(1, _MOST_ROUNDS + 1):
+            steps = learning.round_of(self._kinds(), ranks, self._rounds)
+            self._rounds += 1
+            for step in steps:
+                own = torch.from_numpy(learning.contribution(step, rank, ranks))
+                own = own.view(torch.bfloat16) if step.dtype == "bfloat16" else own
+                dist.all_reduce(own.to(self._device), group=self._model.process_group)
+            self._passes += steps
+            if done < _LEAST_ROUNDS:
+                continue
+            if self._folder is not None:
+                passes = [step.document() for step in self._passes]
+                answer = self._folder.learned(self.plan.job.run_id, passes, _LEARNING_S)
+            answer = _from_rank_0(answer)
+            if answer is None or "learned" in answer:
+                break
+        if answer and "learned" in answer:
+            return answer["learned"]
+        self._passes = []
+        self._complain(f"the layout was not learned: {answer['error'] if answer else 'the shadow does not answer'}")
+        return None
+
+    def _take(self, learned: dict[str, Any]) -> None:
+        """Complete the plan by what the shadow has learned."""
+        shard = self._document["shards"][0]
+        shard |= {name: learned[name] for name in ("layout", "connections", "startup")}
+        if learned["before"]:
+            first = 0 if len(shard["revisions"]) == 1 or self.iteration == 0 else 1
+            known = [operation for operation in shard["revisions"][first]["before"] if operation["op"] == "all_reduce"]
+            shard["revisions"][first]["before"] = known + learned["before"]
+        self._document["complete"] = True
+        self._publish()
 
     # -- what DDP does ----------------------------------------------------------------------------------------------
 
@@ -282,33 +344,35 @@ class Attached:
 
     def _on_module_forward(self, *_: object) -> None:
         """In the forward pass in which DDP has rebuilt its buckets, before anything is reduced in them: complete the plan."""
-        if self.plan.complete or not torch.is_grad_enabled() or (not self._reduced and not self.iteration):
+        if self._rebuilt or not torch.is_grad_enabled() or (not self._reduced and not self.iteration):
             return
         names = describe.rebuilt_buckets(self._model)
         if names is None:
             return
+        self._rebuilt = True
         parameters = dict(self._model.module.named_parameters())
         buckets = [describe.bucket(parameters, bucket, self._on_wire) for bucket in names]
         revisions, rebuild = self._document["shards"][0]["revisions"], describe.rebuild_operations(names)
+        reduced = [(bucket["dtype"], bucket["elements"]) for bucket in revisions[0]["buckets"]]
         if self.iteration == 0:
             if self._reductions == 1:
                 raise self._miscounted(2, 1)
             # Gradients are accumulated without no_sync: the first reduction of iteration 1 was in the first buckets.
-            before = [{"op": "all_reduce", **{k: b[k] for k in ("dtype", "elements")}} for b in revisions[0]["buckets"]]
+            before = [{"op": "all_reduce", "dtype": dtype, "elements": elements} for dtype, elements in reduced]
             revisions[0] |= {"before": before + rebuild, "reductions": self._reductions - 1, "buckets": buckets}
-            self._reduced = 0
             revisions.append({"from_iteration": 2, "reductions": self._reductions, "buckets": buckets})
+            self._reduced = 0
         else:
-            revisions.append(
-                {
-                    "from_iteration": self.iteration + 1,
-                    "before": rebuild,
-                    "reductions": self._reductions,
-                    "buckets": buckets,
-                }
-            )
-        self._document["complete"] = True
-        self._publish()
+            first = {"from_iteration": self.iteration + 1, "reductions": self._reductions}
+            revisions.append({**first, "before": rebuild, "buckets": buckets})
+            reduced = [*reduced * self._reductions, ("float32", self._form.elements)] * self.iteration
+        if self._document["shards"][0]["layout"]["source"] != "unlearned":
+            self._document["complete"] = True
+            self._publish()
+        elif self._passes:
+            self._passes += [learning.Pass(*kind, "iteration") for kind in reduced]
+            if learned := self._learn():
+                self._take(learned)
 
     def _on_any_optimizer(self, other: torch.optim.Optimizer, *_: object) -> None:
         if other is self._optimizer:

@@ -220,6 +220,15 @@ _LIVE = {"ranks": 4, "protocol": "simple", "mtu": "4096", "ip": "4", "optimizer"
     help="Train with the hook; without it nobody can shadow the job.",
 )
 @click.option(
+    "--learn", is_flag=True, help="Say nothing of the library in the plan: the shadow learns the layout from the wire."
+)
+@click.option(
+    "--permute",
+    type=click.IntRange(min=0),
+    metavar="SEED",
+    help="Cut messages as no library does, drawn by lot: only a learned layout can follow that.",
+)
+@click.option(
     "--truth",
     type=click.Choice(["states", "digests", "none"]),
     default="digests",
@@ -263,6 +272,8 @@ def train(
         with step_progress() as progress:
             launched.train(recording, wire, lambda done: progress("iterations", done, recording.iterations))
         return
+    if recording.permute is not None and recording.hook and not recording.learn:
+        raise click.UsageError("--permute needs --learn: no layout that is computed has such messages")
     if any(not 0 <= rank < recording.ranks for rank in mirror):
         raise click.UsageError(f"--mirror {mirror}: there are ranks 0 to {recording.ranks - 1}")
     with contextlib.ExitStack() as stack:

@@ -78,6 +78,10 @@ class Recording:
     #: a shadow.
     full_state_every: int = 0
     shadow_s: float = 0.0
+    #: The plan says nothing of the library: the shadow learns the layout from passes that the hook has reduced.
+    learn: bool = False
+    #: Over a network, messages are cut as no library does it, drawn by lot from this seed.
+    permute: int | None = None
 
     def layout(self) -> plans.Layout:
         """Return the library's layout; ConfigError if the version cannot have the options.

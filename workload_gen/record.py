@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 
 import flowcheck
-from flowcheck import describe
+from flowcheck import describe, schedule
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from workload_gen import backend, recorded_plan
 from workload_gen.job import Job, Recording, write
+from workload_gen.permuted_schedule import PermutedSchedule
 from workload_gen.ring import Ring
 from workload_gen.wire import Connection, LinkTap, connections
 
@@ -65,7 +66,9 @@ class _Rank:
         from workload_gen.transport import FabricRing
 
         raw = adapter_socket(self.recording.network.hosts[rank], self.recording.network.interface)
-        return FabricRing(layout, rank, Nic(raw, layout.mtu), self._connections)
+        seed = self.recording.permute
+        messages = schedule if seed is None else PermutedSchedule(seed)
+        return FabricRing(layout, rank, Nic(raw, layout.mtu), self._connections, messages=messages)
 
     @property
     def _capture(self) -> Path:
@@ -133,6 +136,9 @@ class _Rank:
             streams = [{"name": f"link-{link}", "links": [link]} for link in shown]
         links = sorted({link for some in shown.values() for link in some})
         wire = recorded_plan.network(self.layout, {link: self._connections(link) for link in links}, streams)
+        if recording.learn:
+            known = {name: wire["layout"][name] for name in ("ring", "mtu")}
+            wire |= {"layout": {"source": "unlearned", **known}, "connections": []}
         if not recording.startup:
             wire["startup"] = []  # the tap has counted nothing before this
         return flowcheck.attach(

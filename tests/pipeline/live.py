@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,10 +46,11 @@ class LiveJob:
             process.communicate()
         self._stack.close()
 
-    def start(self, *command):
+    def start(self, *command, **environment):
         process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
         self._processes.append(process)
         return process
 
@@ -58,9 +60,9 @@ class LiveJob:
         command += ["--network", self.folder / "network.json", "--out", out or self.job, *self.options, *options]
         return self.start(*command)
 
-    def shadow(self):
+    def shadow(self, **environment):
         until(self.plan.exists, "the plan")
-        return self.start(sys.executable, "-m", "flowcheck", "run", self.plan, "--out", self.out)
+        return self.start(sys.executable, "-m", "flowcheck", "run", self.plan, "--out", self.out, **environment)
 
     def status(self):
         return status(self.out)

@@ -71,6 +71,41 @@ def test_every_iteration_of_a_live_job_has_the_trainers_bits(tmp_path, settings)
     assert report["audited_to"] == 2 and report["alarms"] == []
 
 
+#: Loaded by every process of a shadow: whoever asks the modelled schedules for anything fails.
+NO_MODEL = """
+from flowcheck import schedule
+def refuse(*_, **__):
+    raise AssertionError("the modelled schedule was asked")
+for name in ("all_reduce", "broadcast", "all_gather", "last_partial_sums", "threads_and_channels"):
+    setattr(schedule, name, refuse)
+"""
+CASES = [
+    (ranks, protocol, more)
+    for ranks, more in ((2, ("--qps", "2", "--nccl", "2.24")), (3, ()), (5, ("--channels", "2", "--pin-channels")))
+    for protocol in ("ll", "ll128", "simple")
+]
+BY_DEFAULT = {(2, "ll"), (3, "simple"), (5, "ll128")}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "protocol", "more"),
+    [pytest.param(*c, marks=() if c[:2] in BY_DEFAULT else pytest.mark.slow, id=f"{c[0]}-{c[1]}") for c in CASES],
+)
+def test_a_layout_that_no_library_has_is_learned_from_the_wire(tmp_path, ranks, protocol, more):
+    (tmp_path / "sitecustomize.py").write_text(NO_MODEL)
+    options = ("--learn", "--permute", str(ranks), "--protocol", protocol, *more)
+    with LiveJob(tmp_path, ranks=ranks, iterations=8, params=30_000, options=options) as job:
+        trainer, shadow = job.train(), job.shadow(PYTHONPATH=str(tmp_path))
+        assert trainer.wait(150) == 0, trainer.stderr.read()
+        until(lambda: job.status()["last_committed"] == job.iterations, "the last iteration")
+        report = job.status()
+        job.stop(shadow)
+        check(job, job.iterations)
+        layout = json.loads(job.plan.read_text())["shards"][0]["layout"]
+    assert layout["source"] == "learned" and layout["protocol"] == protocol
+    assert report["audited_to"] == 2 and report["packets"]["unsynchronised"] == report["packets"]["conflict"] == 0
+
+
 def test_without_the_mirror_training_goes_on_and_nothing_is_committed(tmp_path):
     with LiveJob(tmp_path, iterations=30) as job:
         trainer, shadow = job.train(), job.shadow()
