@@ -2,8 +2,8 @@
 """The library's connections as frames alone show them: queue pairs, credits, numbered messages; no plan, no layout.
 
 A message of a queue pair is all up to a packet with immediate. What follows without a hole is a stretch; the number of
-its messages on the connection comes from the credits: a slot's newest credit before a message is the message's own.
-Where they disagree, most of a stretch's messages decide.
+its messages on the connection comes from the credits: a slot's newest credit before a message is the message's own, or
+an older one where that is lost. So the highest number that two messages of a stretch agree on is theirs.
 
 Facts: NCCL src/transport/net_ib.cc (src/transport/net_ib/ from 2.29).
 """
@@ -181,8 +181,12 @@ def _number(pieces: np.ndarray, given: _Credits, turn: int) -> np.ndarray:
         if not len(cast):
             continue
         found, count = np.unique(cast, return_counts=True)
+        found = found[count > 1]
+        if not len(found):
+            continue
+        # A credit that is lost or late leaves an older one of its slot; none is ever newer than the message's own.
         part = pieces[index]
-        part["number"] = found[np.argmax(count)] + place
+        part["number"] = found[-1] + place
         kept.append(part)
     return np.concatenate(kept) if kept else pieces[:0]
 

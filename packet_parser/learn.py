@@ -120,6 +120,7 @@ class _Connection:
         self.run = np.cumsum(np.r_[0, np.diff(messages["number"]) != 1]) if len(messages) else np.empty(0, np.int64)
         self.heads = self._heads(messages)
         self.found: dict[int, _Found] = {}  # by index of the group
+        self.shown: dict[_Kind, list[tuple[_Table, list[int]]]] = {}  # each with the groups that show it
         self.tables: dict[_Kind, _Table] = {}
         self.why: dict[_Kind, str] = {}
         self.stride = self.steps = self.base = 0
@@ -190,6 +191,16 @@ class _Connection:
         groups = payload.view("<u8").reshape(-1, 256)
         right = (groups[:, 15::16] == flag).all()
         return np.ascontiguousarray(groups[:, _WORDS128]).view(np.uint8).reshape(-1) if right else None
+
+    def show(self, group: _Group, table: _Table) -> None:
+        """Add what a group shows to the evidence on its kind."""
+        alike = self.shown.setdefault(group.kind, [])
+        for known, groups in alike:
+            if all(np.array_equal(getattr(known, n), getattr(table, n)) for n in ("wire", "ranks", "first")):
+                known.elements = np.minimum(known.elements, table.elements)
+                groups.append(group.index)
+                return
+        alike.append((table, [group.index]))
 
     def geometry(self) -> None:
         """Set slot distance, base address, and steps of a message, from the addresses used and the eight slots."""
@@ -282,7 +293,7 @@ def _read(connection: _Connection, group: _Group, found: _Found, ranks: int, che
         position = np.zeros(capacity, np.int64)
         for digit, part in enumerate(shown[counts : counts + digits]):
             value = learning.values(part, dtype)
-            position += (np.where(np.isfinite(value), value, 0).astype(np.int64) - counted - 1) * base**digit
+            position += (np.where(np.abs(value) < 2**62, value, 0).astype(np.int64) - counted - 1) * base**digit
         # Who contributes an element may not be in the sum yet: then it is zero.
         absent = np.logical_and.reduce([part == 0 for part in shown[counts:]])
         if contributed == ranks:
@@ -413,25 +424,27 @@ class Learner:
                     if isinstance(table, str):
                         connection.why[group.kind] = table
                         continue
-                    self._agree(connection, group.kind, table)
+                    connection.show(group, table)
                     connection.found[group.index] = found
                     behind[number] = found.at + (len(group.passes) - 1) * found.length + 1
                     break
+        for connection in connections:
+            self._agree(connection)
 
-    def _agree(self, connection: _Connection, kind: _Kind, table: _Table) -> None:
-        """Add a repetition's evidence to the connection's table of a kind."""
-        known = connection.tables.setdefault(kind, table)
-        if (
-            len(known.wire) != len(table.wire)
-            or (known.wire != table.wire).any()
-            or (known.ranks != table.ranks).any()
-            or (known.first != table.first).any()
-        ):
-            raise LearningError(
-                f"{connection.seen}: the {_name(kind)} went in {len(table.wire)} messages, in another repetition "
-                f"otherwise, in {len(known.wire)}: what the library does must not change between passes"
-            )
-        known.elements = np.minimum(known.elements, table.elements)
+    def _agree(self, connection: _Connection) -> None:
+        """Keep, of each kind, what most repetitions on a connection show: loss can put messages in a false order."""
+        for kind, shown in connection.shown.items():
+            shown.sort(key=lambda alike: len(alike[1]))
+            most = shown.pop()
+            if shown and len(shown[-1][1]) == len(most[1]):
+                raise LearningError(
+                    f"{self._at(connection)}: repetitions of the {_name(kind)} differ: frames are missing, or the library does "
+                    "not always do the same"
+                )
+            connection.tables[kind] = most[0]
+            for _, groups in shown:
+                for index in groups:
+                    del connection.found[index]
 
     def _used(self, connections: list[_Connection]) -> list[_Connection]:
         """Return the connections that took part; one that sent data in the time of passes, and shows none, is an error."""
@@ -622,16 +635,23 @@ class _Document:
         return {"dtype": kind[0], "elements": kind[1], "messages": messages}
 
     def _start(self, connection: _Connection, section: int) -> int:
-        """Return the number of the first message of a section's passes, as every group found there has it."""
-        starts = set()
+        """Return the number of the first message of a section's passes, as most groups found there have it."""
+        starts: dict[int, list[int]] = {}
         for group in self.groups:
             if group.section == section and group.index in connection.found:
                 at = connection.found[group.index].at
                 number = int(connection.messages["number"][at]) - connection.tables[group.kind].lead
-                starts.add(number - self._length(connection, self._first(section), group.index))
-        if len(starts) != 1:
-            raise LearningError(f"{connection.seen}: the passes begin at messages {sorted(starts)}: expected one")
-        return starts.pop()
+                number -= self._length(connection, self._first(section), group.index)
+                starts.setdefault(number, []).append(group.index)
+        order = sorted(starts, key=lambda number: len(starts[number]))
+        if not order or (len(order) > 1 and len(starts[order[-1]]) == len(starts[order[-2]])):
+            raise LearningError(
+                f"{connection.seen}: the passes begin at messages {sorted(starts)}, by what arrived of them: expected one"
+            )
+        for number in order[:-1]:  # loss has misled what numbers them
+            for index in starts[number]:
+                del connection.found[index]
+        return order[-1]
 
     def _first(self, section: int) -> int:
         return next(group.index for group in self.groups if group.section == section)
