@@ -47,6 +47,8 @@ __all__ = [
 #: A ring holds so many iterations' bytes, twice, while a layout is learned: two rounds of passes of each revision and the
 #: first iteration are about eighteen.
 ITERATIONS_OF_LEARNING = 10
+#: And so many frames at least: small messages are packets of their own.
+LEAST_FRAMES_OF_LEARNING = 32768
 #: Slots of a connection's buffer (NCCL_STEPS).
 SLOTS = 8
 #: A message that is split over queue pairs is cut on such boundaries.
@@ -414,7 +416,7 @@ def _frames_of_learning(plan: Plan, stream: str) -> int:
     ranks, gradient = len(layout.ring), plan.shard.revisions[0].gradient_bytes
     # In LL, which doubles the bytes; and a quarter more for credits and acknowledgements.
     packets = -(-2 * (ranks - 1) * 2 * gradient // (ranks * layout.mtu)) * 5 // 4
-    return len(plan.shard.stream(stream).links) * packets * ITERATIONS_OF_LEARNING
+    return max(LEAST_FRAMES_OF_LEARNING, len(plan.shard.stream(stream).links) * packets * ITERATIONS_OF_LEARNING)
 
 
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:

@@ -66,7 +66,8 @@ def main(plan: Path, ring_paths: tuple[Path, ...], patience_s: float) -> None:
                 try:
                     answer["learned"] = asdict(learner.learn([Pass.of(document) for document in asked]))
                 except LearningError as error:
-                    answer["error"] = str(error)
+                    full = [ring.stream for ring in rings if ring.written - ring.extracted >= ring.records]
+                    answer["error"] = f"the ring of stream {full[0]} is full; {error}" if full else str(error)
                 write_private(plan.parent / LEARNED, json.dumps(answer).encode())
                 answered = len(asked)
             time.sleep(_LOOK_S)

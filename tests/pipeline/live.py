@@ -4,12 +4,13 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-from flowcheck.supervisor import status
+from flowcheck.supervisor import scratch_folder, status
 from updater.directory import Directory
 from updater.restore import states_after
 from workload_gen.fabric import Fabric
@@ -44,6 +45,7 @@ class LiveJob:
         for process in self._processes:
             process.kill()
             process.communicate()
+        shutil.rmtree(scratch_folder(self.out), ignore_errors=True)
         self._stack.close()
 
     def start(self, *command, **environment):
