@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ from workload_gen.wire import LinkTap, connections
 
 ELEMENTS = 8_000_000  # float32; what each link then shows is several times a last-level cache
 RUNS = 5
+PAIRS = 8  # of blocks of training steps; bench/step_overhead.py alone does more
 MTU = 4096
 
 
@@ -271,12 +273,36 @@ def updates(results: Results, folder: Path) -> None:
     results.add("snapshot", "bytes/s", size, stored, "write + fdatasync", gradient.nbytes, raw)
 
 
+def step_overhead(results: Results) -> None:
+    """Measure a training step with the hook beside one without; where no network can be built, say so."""
+    if os.geteuid():
+        print("step_overhead: not measured, it builds a network: needs root", file=sys.stderr)
+        return
+    script = Path(__file__).with_name("step_overhead.py")
+    command = [sys.executable, str(script), "--pairs", str(PAIRS), "--params", str(ELEMENTS // 8)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    low, high = found["interval"]
+    results.rows.append(
+        {
+            "name": "step_overhead", "value": found["hooked_s"], "unit": "s/step", "yardstick": "a step without the hook",
+            "yardstick_value": found["bare_s"], "ratio": found["ratio"], "runs": found["pairs"], "spread": high - low,
+            "packets_per_s": None,
+        }
+    )  # fmt: skip
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{value * 1e3:.2f} m{unit}" if unit == "s/step" else f"{value / 1e9:.2f} G{unit}"
+
+
 def main() -> int:
     """Measure everything; return the exit status."""
+    results = Results()
+    step_overhead(results)  # on all cores
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    results = Results()
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     eal = Eal.start()
     for protocol in ("simple", "ll", "ll128"):
@@ -290,8 +316,8 @@ def main() -> int:
     for row in results.rows:
         packets = f"{row['packets_per_s'] / 1e6:.2f} M" if row["packets_per_s"] else ""
         table.add_row(
-            row["name"], f"{row['value'] / 1e9:.2f} G{row['unit']}", packets, row["yardstick"],
-            f"{row['yardstick_value'] / 1e9:.2f} G{row['unit']}", f"{row['ratio']:.2f}", f"{row['spread']:.2f}",
+            row["name"], _shown(row["value"], row["unit"]), packets, row["yardstick"],
+            _shown(row["yardstick_value"], row["unit"]), f"{row['ratio']:.3f}", f"{row['spread']:.2f}",
         )  # fmt: skip
     Console(width=140).print(table)
     out = Path("build/bench.json")

@@ -34,7 +34,9 @@ from workload_gen.wire import connections
 WARM_UP = 3
 
 
-def _rank(recording: Recording, rank: int, host: str, pairs: int, steps: int, queue: Any) -> None:
+def _rank(
+    recording: Recording, rank: int, host: str, pairs: int, steps: int, batches: int, queue: Any
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     layout = recording.layout()
@@ -54,13 +56,17 @@ def _rank(recording: Recording, rank: int, host: str, pairs: int, steps: int, qu
     wire = recorded_plan.network(layout, links, streams)
     iteration = 0
 
+    def batch(iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [gpt.batch(recording.seed, rank, batches * iteration + part) for part in range(batches)]
+        return tuple(torch.cat(some) for some in zip(*parts, strict=True))
+
     def block() -> list[float]:
         nonlocal iteration
         times = []
         for _ in range(steps):
             iteration += 1
             begin = time.perf_counter()
-            inputs, targets = gpt.batch(recording.seed, rank, iteration)
+            inputs, targets = batch(iteration)
             optimizer.zero_grad(set_to_none=True)
             torch.nn.functional.cross_entropy(ddp(inputs).flatten(0, 1), targets.flatten()).backward()
             optimizer.step()
@@ -86,16 +92,18 @@ def _rank(recording: Recording, rank: int, host: str, pairs: int, steps: int, qu
     time.sleep(1)  # the others may still ask for something again
 
 
-def measure(pairs: int, steps: int, parameters: int, ranks: int) -> dict[str, Any]:
+def measure(
+    pairs: int, steps: int, parameters: int, ranks: int, batches: int, protocol: str
+) -> dict[str, Any]:  # fmt: skip
     """Return the medians in seconds, their ratio, and its 95% interval."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with tempfile.TemporaryDirectory(prefix="flowcheck-bench-") as folder, Fabric(ranks, ()) as fabric:
         recording = Recording(
-            out=Path(folder), ranks=ranks, protocol="simple", mtu=4096, ip=4, parameters=parameters, bucket_mb=1.0
+            out=Path(folder), ranks=ranks, protocol=protocol, mtu=4096, ip=4, parameters=parameters, bucket_mb=1.0
         )
         processes = [
-            context.Process(target=_rank, args=(recording, rank, host, pairs, steps, queue), daemon=True)
+            context.Process(target=_rank, args=(recording, rank, host, pairs, steps, batches, queue), daemon=True)
             for rank, host in enumerate(fabric.hosts)
         ]
         for process in processes:
@@ -112,21 +120,36 @@ def measure(pairs: int, steps: int, parameters: int, ranks: int) -> dict[str, An
     ratios = np.median(hooked[chosen], 1) / np.median(bare[chosen], 1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return {
-        "pairs": pairs, "steps": steps, "parameters": parameters, "ranks": ranks, "bare_s": float(np.median(bare)),
-        "hooked_s": float(np.median(hooked)), "ratio": float(np.median(hooked) / np.median(bare)),
-        "interval": [float(low), float(high)], "pair_ratios": (hooked / bare).round(4).tolist(),
-    }  # fmt: skip
+        "pairs": pairs,
+        "steps": steps,
+        "parameters": parameters,
+        "ranks": ranks,
+        "batches": batches,
+        "protocol": protocol,
+        "bare_s": float(np.median(bare)),
+        "hooked_s": float(np.median(hooked)),
+        "ratio": float(np.median(hooked) / np.median(bare)),
+        "interval": [float(low), float(high)],
+        "pair_ratios": (hooked / bare).round(4).tolist(),
+    }
 
 
 def main() -> None:
     """Print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=40, help="Of a block.")
-    parser.add_argument("--params", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=15, help="Of a block.")
+    parser.add_argument("--params", type=int, default=4_000_000)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=8, help="Of the example job's, of 4 short sequences, a step.")
+    parser.add_argument("--protocol", choices=["ll", "ll128", "simple"], default="ll128")
     options = parser.parse_args()
-    print(json.dumps(measure(options.pairs, options.steps, options.params, options.ranks), indent=1))
+    print(
+        json.dumps(
+            measure(options.pairs, options.steps, options.params, options.ranks, options.batches, options.protocol),
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":
