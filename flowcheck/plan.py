@@ -378,10 +378,14 @@ class ExtraState(_Model):
 
 
 class Audit(_Model):
-    """When records carry digests: at iterations 1, 2, 3 and every `every`; of how many groups of tensors."""
+    """When records carry digests: at iterations 1, 2, 3 and every `every`; of how many groups of tensors.
+
+    `max_ulp`: how far a state that is not bit exact may be from a full state of the trainer without an alarm.
+    """
 
     every: Annotated[int, Field(ge=1, lt=2**32)] = 100
     groups: Annotated[int, Field(ge=1, le=256)] = 8
+    max_ulp: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 
 class StepRecord(_Model):

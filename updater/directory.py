@@ -15,7 +15,7 @@ import numpy as np
 from flowcheck import plan as plans
 from flowcheck.errors import CheckpointError, RestoreError
 from flowcheck.plan import Plan, Revision
-from updater.log_format import ALARM, AUDITED, DECIDED, DIVERGED, GRADIENT
+from updater.log_format import ALARM, AUDITED, DECIDED, DIVERGED, GRADIENT, MEASURED
 from updater.log_reader import Entry, read_facts, read_index, read_payload
 from updater.manifest import LOG_FOLDER, PLAN_NAME, Manifest
 
@@ -110,6 +110,12 @@ class Directory:
             if entry.header.kind in (AUDITED, ALARM):
                 audited_to = entry.header.iteration - 1
         return audited_to, alarms
+
+    @cached_property
+    def distances(self) -> list[dict]:
+        """How far a state that is not bit exact was from the trainer's at each base: `at`, `max_ulp`, `tensor`, `over_limit`."""
+        index = read_index(self.path / LOG_FOLDER, self.manifest.identity)
+        return [read_facts(entry, self.manifest.identity) for entry in index if entry.header.kind == MEASURED]
 
     @property
     def restorable(self) -> list[int]:

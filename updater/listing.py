@@ -29,6 +29,7 @@ def listing(path: str | Path) -> dict:
         "attempt": manifest.attempt,
         "audited_to": audited_to,
         "alarms": alarms,
+        "distances": directory.distances,
         "bit_exact": manifest.bit_exact,
         "iterations": iterations,
         "snapshots": manifest.snapshots,

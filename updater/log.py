@@ -31,8 +31,8 @@ SEGMENT_BYTES = 64 << 20
 class LogWriter:
     """The log of one directory, open for appending: open -> append ... -> close; one thread, one process.
 
-    The caller holds the directory's lock. `next_iteration` is the iteration after the last one that was in the log when
-    it was opened, None if it had none.
+    The caller holds the directory's lock. `next_iteration` is the iteration after the last one in the log, None if there is
+    none.
     """
 
     def __init__(self, folder: Path, identity: bytes, *, closed: set[str], segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -123,6 +123,8 @@ class LogWriter:
                     os.ftruncate(self._fd, self._end)
                 raise
             self._mark(self._end + written, self._records + 1)
+        if kind in form.DECIDED:
+            self.next_iteration = iteration + 1
         self.written_bytes += written
         return checksum
 

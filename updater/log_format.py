@@ -25,6 +25,7 @@ __all__ = [
     "GRADIENT",
     "INCOMPLETE",
     "MARK_OFFSET",
+    "MEASURED",
     "RECORD_HEADER_BYTES",
     "SEGMENT_HEADER_BYTES",
     "SEGMENT_VERSION",
@@ -53,6 +54,8 @@ INCOMPLETE = 2
 DECIDED = (GRADIENT, INCOMPLETE)
 #: What the audit of an iteration's record found of the state before it: that of every rank; of all but some; of none.
 AUDITED, ALARM, DIVERGED = 3, 4, 5
+#: How far a state that is not called bit exact had moved away from the trainer's, found at a new base.
+MEASURED = 6
 
 # magic, version, header bytes, segment number, creation time in ns since the epoch, block bytes, reserved
 _SEGMENT = struct.Struct("<8sIIQQI24x")
@@ -143,7 +146,7 @@ class RecordHeader:
         if crc32c(header[: RECORD_HEADER_BYTES - 4]) != own:
             raise ValueError("checksum of the record header is wrong")
         magic, kind, attempt, iteration, revision, payload_bytes, time_ns = _RECORD.unpack_from(header)
-        if magic != RECORD_MAGIC or kind not in (*DECIDED, AUDITED, ALARM, DIVERGED):
+        if magic != RECORD_MAGIC or kind not in (*DECIDED, AUDITED, ALARM, DIVERGED, MEASURED):
             raise ValueError(f"record of unknown kind {kind}")
         return cls(kind, attempt, iteration, revision, payload_bytes, time_ns, checksum)
 

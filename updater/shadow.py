@@ -165,10 +165,17 @@ class Shadow:
             self.reached = iteration
             yield iteration
 
-    def rebase(self, base: Base) -> None:
-        """Go on from a base; published as a snapshot when this returns."""
+    @property
+    def state(self) -> tuple[dict, dict]:
+        """The state as `state_difference.differences` takes it: model and optimizer."""
+        return self._model.model, self._model.optimizer.state_dict()
+
+    def rebase(self, base: Base) -> tuple[ModelState, int] | None:
+        """Go on from a base, published as a snapshot when this returns; return the state before and its iteration."""
+        left = None if self.reached is None or self.diverged else (self._model, self.reached)
         self._model, self.reached, self.diverged = base.state, base.iteration, False
         self.snapshot()
+        return left
 
     def snapshot(self) -> None:
         """Publish the state as it is, unless it is published already; a shadow without a state has nothing to publish."""

@@ -31,6 +31,7 @@ from updater.log_reader import Entry, read_index, segment_paths
 from updater.manifest import LOG_FOLDER, MANIFEST_NAME, PLAN_NAME, SNAPSHOT_FOLDER, Manifest
 
 if TYPE_CHECKING:
+    from updater.model_state import ModelState
     from updater.shadow import Shadow
 
 __all__ = ["Slots", "Updater"]
@@ -107,6 +108,8 @@ class Updater:
         self._counters = dict.fromkeys(("whole", "incomplete", "applied", "bases"), 0)
         self._bases, self._refused, self._looked = tuple(bases), set[Path](), 0.0
         self._catching_up: Iterator[int] | None = None
+        self._moved = False
+        self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
         with io_errors("make", self.folder):
             for folder in (self.folder, self.folder / LOG_FOLDER, self.folder / SNAPSHOT_FOLDER):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -244,24 +247,35 @@ class Updater:
         return self._shadow.reached + 1 < self._next
 
     def _catch_up(self) -> int:
-        """Step one iteration of the log that follows the state; look for a base where there is none."""
-        if not self._behind():
-            self._catching_up = None
-            return 0
+        """Step one iteration of the log that follows the state; look for a base where one is of use."""
         if self._catching_up is not None:
             if next(self._catching_up, None) is not None:
                 self._counters["applied"] += 1
+                self._moved = True
+                self._measure()
                 return 1
-            self._catching_up = None
+            # What was logged meanwhile is there to step, too.
+            self._catching_up, self._moved = self._follow_log() if self._moved and self._behind() else None, False
+            return int(self._catching_up is not None)
+        if self._shadow is None or (self._manifest.bit_exact and not self._behind()):
+            return 0
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return 0
         self._looked = now
         return self._rebase()
 
+    def _follow_log(self) -> Iterator[int]:
+        return self._shadow.catch_up(read_index(self.folder / LOG_FOLDER, self._identity))
+
     def _rebase(self) -> int:
-        """Go on from the earliest base that is further than the state; 0 if there is none."""
+        """Go on from the earliest base that is further than the state; 0 if there is none.
+
+        A state that is not bit exact goes on from any base that is newer than the one it came from.
+        """
         reached = -1 if self._shadow.reached is None else self._shadow.reached
+        if not self._manifest.bit_exact:
+            reached = min(reached, max(self._manifest.snapshots, default=-1))
         found = [
             (int(match[1]), path)
             for folder in self._bases
@@ -281,10 +295,30 @@ class Updater:
             self._refused.add(path)
             _log.warning("not taken as a base: %s", error)
             return 0
-        self._shadow.rebase(base)
+        self._left = self._shadow.rebase(base)
         self._counters["bases"] += 1
-        self._catching_up = self._shadow.catch_up(read_index(self.folder / LOG_FOLDER, self._identity))
+        self._measure()
+        self._catching_up = self._follow_log()
         return 1
+
+    def _measure(self) -> None:
+        """Once the state has come from a base to where it was before, note how far apart the two are."""
+        if self._left is None or self._shadow.reached < self._left[1]:
+            return
+        (left, iteration), self._left = self._left, None
+        if self._shadow.reached != iteration or self._log.next_iteration is None:
+            return
+        from updater.state_difference import differences
+
+        found = differences((left.model, left.optimizer.state_dict()), self._shadow.state)
+        furthest = max(found, key=lambda row: row["max_ulp"], default={"name": None, "max_ulp": 0})
+        record = self.plan.shard.step_record
+        limit = record.audit.max_ulp if record else None
+        over = limit is not None and furthest["max_ulp"] > limit
+        if over:
+            _log.warning("at iteration %d the state was %d ULPs from the trainer's", iteration, furthest["max_ulp"])
+        facts = {"at": iteration, "max_ulp": furthest["max_ulp"], "tensor": furthest["name"], "over_limit": over}
+        self._log.append_facts(log_format.MEASURED, self.plan.job.attempt, self._log.next_iteration, 0, facts)
 
     def _take_initial(self, whole: bool, record: np.void) -> None:
         if whole:

@@ -137,6 +137,8 @@ def _replay(result: Verification, directory: Directory) -> None:
         for last in replay(plan, model, directory.entries.values(), snapshots[0]):
             if last not in snapshots:
                 continue
+            if not manifest.bit_exact:
+                break  # a base of the trainer's own bits, from which it goes on
             name = manifest.snapshot_name(last)
             kept = load_snapshot(manifest, last)
             if kept.arithmetic != first.arithmetic:
@@ -151,4 +153,5 @@ def _replay(result: Verification, directory: Directory) -> None:
                 return
             result.proved_to = last
         # What the log does not lead to is a base, from which it goes on.
-        snapshots = [iteration for iteration in snapshots if iteration > last]
+        result.proved_to = max(result.proved_to, 0 if manifest.bit_exact else last)
+        snapshots = [i for i in snapshots if i > last or (i == last != snapshots[0] and not manifest.bit_exact)]

@@ -170,3 +170,35 @@ def test_a_watching_updater_takes_the_earliest_base_that_helps(lossy, tmp_path):
     assert [i for i, state in listed(out).items() if state == "committed"] == [1, 2, 3, 8, 12]
     assert same(restore(out), torch.load(truth(folder, ITERATIONS), weights_only=True)) == []
     assert verify(out)["ok"]
+
+
+def test_a_state_that_is_not_bit_exact_goes_on_from_every_full_state_and_says_how_far_it_was(lossy, tmp_path):
+    """The arithmetic is another in name only: so the trainer's states are no distance away, and a changed one is."""
+    folder, _ = lossy
+    states = tmp_path / "states"
+    states.mkdir()
+    for iteration in (3, 7):
+        (states / f"state-{iteration:06}.pt").write_bytes(truth(folder, iteration).read_bytes())
+    changed = torch.load(truth(folder, 9), weights_only=True)
+    key = next(iter(changed["model"]))
+    changed["model"][key].view(-1).view(torch.int32)[0] ^= 1 << 10
+    torch.save(changed, states / "state-000009.pt")
+    source, out = Directory(folder.parent / "whole"), tmp_path / "out"
+    plan = source.plan.model_copy(
+        update={"arithmetic": source.plan.arithmetic.model_copy(update={"capability": "another"})}
+    )
+    with contextlib.closing(Updater(plan, WholeSlots(source, ()), out, bases=[states])) as updater:
+        end = time.monotonic() + 20
+        while updater.counters()["bases"] < 3 or updater.poll() or not updater.finished:
+            updater.poll()
+            assert time.monotonic() < end
+    report = json.loads(flowcheck("list", out, "--json"))
+    assert not report["bit_exact"] and report["snapshots"] == [0, 3, 7, 9, ITERATIONS]
+    assert [row["state"] for row in report["iterations"]] == ["committed"] * ITERATIONS
+    first, second, third = report["distances"]
+    assert [row["max_ulp"] for row in (first, second)] == [0, 0] and third["max_ulp"] >= 512
+    assert {row["at"] for row in report["distances"]} == {ITERATIONS} and not third["over_limit"]
+    for iteration in (2, 5, 8):
+        assert same(restore(out, iteration), torch.load(truth(folder, iteration), weights_only=True)) == []
+    assert restore(out, 10)["bit_exact"] is False
+    assert verify(out)["ok"] and verify(out)["proved_to"] == ITERATIONS
