@@ -16,31 +16,10 @@ from flowcheck._wire cimport (
     FC_HAS_IMMEDIATE, FC_HAS_RETH, FC_IS_FIRST, FC_IS_LAST, FC_IS_RC, FC_IS_REQUEST, FC_OP_ACK, FC_OP_WRITE_FIRST,
     FC_OP_WRITE_ONLY_IMM, FC_WIRE_OK, fc_decode, fc_icrc, fc_icrc_right, fc_wire)
 
+from workload_gen._sockets cimport (
+    MSG_DONTWAIT, MSG_NOSIGNAL, POLLHUP, POLLIN, POLLOUT, iovec, mmsghdr, pollfd, ppoll, recvmmsg, sendmmsg)
+
 __all__ = ["Nic"]
-
-cdef extern from "<sys/socket.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-    cdef struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
-    cdef struct mmsghdr:
-        msghdr msg_hdr
-        unsigned int msg_len
-    int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)
-    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
-    int MSG_DONTWAIT, MSG_NOSIGNAL
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *mask)
-    short POLLIN
-    short POLLOUT
-    short POLLHUP
 
 cdef enum:
     BURST = 64

@@ -11,30 +11,10 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport timespec
 
+from workload_gen._sockets cimport (
+    MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, iovec, mmsghdr, poll, pollfd, recvmmsg, send)
+
 __all__ = ["Forwarder", "RING_BYTES", "FRAMES", "FRAMES_LOG2"]
-
-cdef extern from "<sys/socket.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-    cdef struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
-    cdef struct mmsghdr:
-        msghdr msg_hdr
-        unsigned int msg_len
-    int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, timespec *timeout)
-    ssize_t send(int fd, const void *data, size_t length, int flags)
-    int MSG_DONTWAIT, MSG_NOSIGNAL
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout_ms)
-    short POLLIN
-    short POLLOUT
 
 cdef extern from * nogil:
     """

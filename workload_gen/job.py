@@ -147,6 +147,20 @@ class Job:
         if self.recording.resume:
             self._begin = flowcheck.resume(self.ddp, self.optimizer, self.recording.resume, lambda: self.backward(1))
 
+    def attach(self, wire: dict[str, Any] | Path, *, required: bool) -> flowcheck.training.Attached:
+        """Have the job shadowed, its plan left in the recording's folder; `required`: or fail."""
+        recording = self.recording
+        return flowcheck.attach(
+            self.ddp,
+            self.optimizer,
+            plan_url=recording.out,
+            wire=wire,
+            run_id=f"trained-gpt-seed{recording.seed}",
+            full_state_every=recording.full_state_every,
+            wait_s=recording.shadow_s,
+            required=required,
+        )
+
     def run(self, done: Callable[[int], None], before_step: Callable[[int], None] = lambda iteration: None) -> None:
         """Train; rank 0 notes every step, and calls `done` with its number. `before_step` has the reduced gradients."""
         for iteration in range(self._begin + 1, self.recording.iterations + 1):

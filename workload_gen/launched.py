@@ -50,15 +50,7 @@ def train(recording: Recording, wire: Path, done: Callable[[int], None], backend
             (recording.out / "truth").mkdir(mode=0o700, exist_ok=True)
         job = Job(recording, dist.get_rank(), flowcheck.group(), device)
         job.resume()
-        with flowcheck.attach(
-            job.ddp,
-            job.optimizer,
-            plan_url=recording.out,
-            wire=wire,
-            run_id=f"trained-gpt-seed{recording.seed}",
-            full_state_every=recording.full_state_every,
-            wait_s=recording.shadow_s,
-        ):
+        with job.attach(wire, required=False):
             job.run(done)
         dist.barrier()
     finally:

@@ -141,16 +141,7 @@ class _Rank:
             wire |= {"layout": {"source": "unlearned", **known}, "connections": []}
         if not recording.startup:
             wire["startup"] = []  # the tap has counted nothing before this
-        return flowcheck.attach(
-            job.ddp,
-            job.optimizer,
-            plan_url=recording.out,
-            wire=wire,
-            run_id=f"trained-gpt-seed{recording.seed}",
-            full_state_every=recording.full_state_every,
-            wait_s=recording.shadow_s,
-            required=True,
-        )
+        return job.attach(wire, required=True)
 
     def _write_plan(self, job: Job, startup: Any, seen: Any) -> None:
         recording = self.recording
