@@ -225,7 +225,7 @@ class Updater:
             )
         whole, segment = int(record["state"]) == _SLOT_WHOLE, self._log.open_segment
         if not whole and self._awaits_record():
-            return 0
+            return self._catch_up(waiting=True)
         if self._next == 0:
             self._take_initial(whole, record)
         else:
@@ -246,8 +246,11 @@ class Updater:
             return True
         return self._shadow.reached + 1 < self._next
 
-    def _catch_up(self) -> int:
-        """Step one iteration of the log that follows the state; look for a base where one is of use."""
+    def _catch_up(self, *, waiting: bool = False) -> int:
+        """Step one iteration of the log that follows the state; look for a base where one is of use.
+
+        So it is where the next iteration is `waiting` for something that may never come.
+        """
         if self._catching_up is not None:
             if next(self._catching_up, None) is not None:
                 self._counters["applied"] += 1
@@ -257,7 +260,7 @@ class Updater:
             # What was logged meanwhile is there to step, too.
             self._catching_up, self._moved = self._follow_log() if self._moved and self._behind() else None, False
             return int(self._catching_up is not None)
-        if self._shadow is None or (self._manifest.bit_exact and not self._behind()):
+        if self._shadow is None or (self._manifest.bit_exact and not waiting and not self._behind()):
             return 0
         now = time.monotonic()
         if now - self._looked < _LOOK_S:

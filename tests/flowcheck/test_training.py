@@ -3,9 +3,11 @@
 
 import contextlib
 import struct
+import time
 import warnings
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from scapy.utils import RawPcapNgReader
@@ -13,12 +15,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from flowcheck import plan as plans
 from flowcheck.errors import FlowCheckError
+from flowcheck.formats import SLOT
 from flowcheck.verdicts import VERDICTS
 from packet_parser.parser import Parser
 from tests.jobs import ring_of
 from tests.workload_gen import hooked
+from updater.directory import Directory
 from updater.restore import restore
+from updater.updater import Updater
 from workload_gen.pcapng import PcapngWriter
+from workload_gen.truth import digest
 
 STEPS = 12
 
@@ -581,3 +587,52 @@ def test_a_record_with_a_wrong_checksum_commits_nothing(tmp_path):
     for link in (0, 2):
         spoil(tmp_path, link, 5, with_a_wrong_word)
     assert outcome(tmp_path)[3:6] == [(4, "committed", None), (5, "incomplete", "step_record"), (6, "waiting", None)]
+
+
+def saving(here):
+    """Train, and leave full states; the last is that of the last step."""
+    ddp = here.ddp(net(), forward_sync_buffers=False)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01)
+
+    def step(_, iteration):
+        loss_of(ddp, here.rank, iteration).backward()
+        optimizer.step()
+
+    loop(here, ddp, optimizer, step, full_state_every=STEPS)
+
+
+class LastLacksItsRecord:
+    """Slots of a live job whose last iteration lost only its record, and after which nothing comes."""
+
+    settled_next, consumed_next, ended = STEPS + 1, 1, 0
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def gradient(self, iteration):
+        return self.directory.slot(iteration)[0]
+
+    def slot(self, iteration):
+        record = np.zeros((), SLOT)
+        record["iteration"], record["state"] = iteration, 3 if iteration == STEPS else 2
+        return record[()]
+
+    def missing(self, iteration):
+        plan = self.directory.plan
+        return [plan.record_range(plan.revision(iteration))] if iteration == STEPS else []
+
+
+def test_who_waits_for_the_repetition_of_the_last_record_takes_a_base_all_the_same(tmp_path):
+    truth = hooked.run(saving, tmp_path)[0][0]
+    hooked.replayed(tmp_path)
+    source, out = Directory(tmp_path / "out"), tmp_path / "other"
+    slots = LastLacksItsRecord(source)
+    with contextlib.closing(
+        Updater(source.plan, slots, out, plan_folder=tmp_path, bases=[tmp_path / "states"])
+    ) as updater:
+        end = time.monotonic() + 20
+        while not updater.counters()["bases"]:
+            updater.poll()
+            assert time.monotonic() < end
+    assert Directory(out).restorable == list(range(STEPS + 1))
+    assert digest(restore(out)) == truth[-1][0]
