@@ -91,7 +91,7 @@ def attach(
             `no_sync`.
         audit_every: iterations between two audits of the whole state.
         full_state_every: rank 0 saves the whole state after every so many iterations, as a way on after a loss; 0: never.
-        wait_s: so long the job waits for the shadow, before the first step and once more before the second.
+        wait_s: so long the job waits for the shadow, before the first step and, if it came, once more before the second.
         required: raise if no shadow comes in that time; else the job trains on, and a shadow that comes later begins
             from a full state.
 
@@ -125,9 +125,9 @@ def attach(
     document = _from_rank_0(document)
     folder = RunFolder(plan_url) if dist.get_rank() == 0 else None
     hook = Attached(
-        model, optimizer, document, folder, scaler=scaler, extra=extra, reductions=reductions, on_wire=on_wire
-    )
-    hook._full_state_every, hook._wait_s, hook._required = full_state_every, wait_s, required
+        model, optimizer, document, folder, scaler=scaler, extra=extra, reductions=reductions, on_wire=on_wire,
+        full_state_every=full_state_every, wait_s=wait_s, required=required,
+    )  # fmt: skip
     if folder is not None:
         state = hook._state(0)
         folder.save(INITIAL_STATE, lambda path: torch.save(state, path))
@@ -220,14 +220,14 @@ class Attached:
     def __init__(
         self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, document: dict[str, Any],
         folder: RunFolder | None, *, scaler: torch.amp.GradScaler | None, extra: Mapping[str, Callable[[], torch.Tensor]],
-        reductions: int, on_wire: str | None,
+        reductions: int, on_wire: str | None, full_state_every: int, wait_s: float, required: bool,
     ) -> None:  # fmt: skip
         """Set the hooks; `attach` is the way to make one."""
         self.iteration = 0
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._document, self._folder, self._extra = document, folder, extra
         self._reductions, self._on_wire = reductions, on_wire
-        self._full_state_every, self._wait_s, self._required = 0, 0.0, False
+        self._full_state_every, self._wait_s, self._required = full_state_every, wait_s, required
         self._parse()
         self._form: RecordForm = self.plan.record_form
         record = self.plan.shard.step_record
@@ -284,6 +284,7 @@ class Attached:
             followed = self._folder.wait_for_shadow(self.plan, self._wait_s) if self._wait_s else False
         followed = _from_rank_0(followed)
         if not followed and self._wait_s:
+            self._wait_s = 0.0  # a job waits in vain once
             self._complain(f"no shadow follows this job after {self._wait_s:g} seconds: flowcheck run PLAN --out DIR")
         return followed
 

@@ -186,6 +186,24 @@ def flowcheck(*words):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
+def test_a_shadow_that_comes_late_goes_on_from_the_trainers_next_full_state(tmp_path):
+    last = 1500
+    with LiveJob(tmp_path, iterations=last) as job:
+        trainer = job.train("--shadow", "0", "--full-state-every", "100")
+        until(lambda: len(job.steps()) >= 5, "five steps")
+        shadow = job.shadow()
+        assert trainer.wait(150) == 0, trainer.stderr.read()
+        until(lambda: last in Directory(job.out).restorable, "the last full state")
+        job.stop(shadow)
+        found, truth = digests(job.out), job.steps()
+        listed, _ = states(job.out)
+    assert listed[1] == "incomplete"
+    assert all(found[i] == truth[i]["digest"] for i in found)
+    final = restore(job.out, last)
+    assert digest(final) == truth[last]["digest"]
+
+
 def test_two_runs_on_one_directory_are_refused(tmp_path):
     with LiveJob(tmp_path) as job:
         job.train("--shadow", "100")
