@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 #: Name of a base in a folder that is watched, and seconds between two looks.
 BASE_NAME = re.compile(r"state-(\d{6,12})\.pt")
 _LOOK_S = 0.2
+#: When nothing was decided for so long, a full state that is further than the shadow says that something was lost.
+_IDLE_S = 2.0
 #: fc_slot.state and fc_slot.reason (flowcheck/_formats.pxd).
 _SLOT_WHOLE = 2
 _REASONS = {1: "missing", 2: "conflict", 3: "end_of_stream"}
@@ -108,7 +110,7 @@ class Updater:
         self._counters = dict.fromkeys(("whole", "incomplete", "applied", "bases"), 0)
         self._bases, self._refused, self._looked = tuple(bases), set[Path](), 0.0
         self._catching_up: Iterator[int] | None = None
-        self._moved = False
+        self._moved, self._taken = False, time.monotonic()
         self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
         with io_errors("make", self.folder):
             for folder in (self.folder, self.folder / LOG_FOLDER, self.folder / SNAPSHOT_FOLDER):
@@ -217,7 +219,7 @@ class Updater:
             FlowCheckError: the disk refused; what was committed stays.
         """
         if self._next >= self.slots.settled_next:
-            return self._catch_up()
+            return self._catch_up(waiting=time.monotonic() - self._taken > _IDLE_S)
         record = self.slots.slot(self._next)
         if int(record["iteration"]) != self._next:
             raise CheckpointError(
@@ -231,6 +233,7 @@ class Updater:
         else:
             self._take(self._next, whole, record)
         self._next += 1
+        self._taken = time.monotonic()
         self.slots.consumed_next = self._next
         if self._log.open_segment != segment:
             self._publish_segments()

@@ -604,10 +604,10 @@ def saving(here):
 class LastLacksItsRecord:
     """Slots of a live job whose last iteration lost only its record, and after which nothing comes."""
 
-    settled_next, consumed_next, ended = STEPS + 1, 1, 0
+    consumed_next, ended = 1, 0
 
-    def __init__(self, directory):
-        self.directory = directory
+    def __init__(self, directory, settled_next):
+        self.directory, self.settled_next = directory, settled_next
 
     def gradient(self, iteration):
         return self.directory.slot(iteration)[0]
@@ -622,11 +622,13 @@ class LastLacksItsRecord:
         return [plan.record_range(plan.revision(iteration))] if iteration == STEPS else []
 
 
-def test_who_waits_for_the_repetition_of_the_last_record_takes_a_base_all_the_same(tmp_path):
+@pytest.mark.parametrize("settled", [STEPS, STEPS - 3])
+def test_who_waits_for_what_never_comes_takes_a_base_all_the_same(tmp_path, settled):
+    """The last record's repetition, or the last iterations as a whole: nobody goes past them, so they are never decided."""
     truth = hooked.run(saving, tmp_path)[0][0]
     hooked.replayed(tmp_path)
     source, out = Directory(tmp_path / "out"), tmp_path / "other"
-    slots = LastLacksItsRecord(source)
+    slots = LastLacksItsRecord(source, settled + 1)
     with contextlib.closing(
         Updater(source.plan, slots, out, plan_folder=tmp_path, bases=[tmp_path / "states"])
     ) as updater:
@@ -634,5 +636,5 @@ def test_who_waits_for_the_repetition_of_the_last_record_takes_a_base_all_the_sa
         while not updater.counters()["bases"]:
             updater.poll()
             assert time.monotonic() < end
-    assert Directory(out).restorable == list(range(STEPS + 1))
+    assert Directory(out).restorable == [*range(min(settled, STEPS - 1) + 1), STEPS]
     assert digest(restore(out)) == truth[-1][0]
