@@ -29,7 +29,9 @@ def demo(*options, prefix=()):
     return report
 
 
-@pytest.mark.parametrize("transport", [pytest.param("fabric", marks=network.needs_root), "in-process"])
+@pytest.mark.parametrize(
+    "transport", [pytest.param("fabric", marks=network.needs_root), pytest.param("in-process", marks=pytest.mark.slow)]
+)
 def test_live_it_kills_restores_resumes_and_compares(tmp_path, transport):
     # Without privileges it finds by itself what it can do.
     report = demo("--dir", tmp_path / "demo", prefix=network.bare if transport == "in-process" else ())
@@ -48,6 +50,7 @@ def test_live_it_kills_restores_resumes_and_compares(tmp_path, transport):
     assert len({json.loads(line)["digest"] for line in ended["uninterrupted"]}) == report["iterations"]
 
 
+@pytest.mark.slow
 def test_offline_it_does_the_same_from_a_recording(tmp_path):
     report = demo("--dir", tmp_path / "demo", "--transport", "offline")
     assert report["transport"] == "offline"

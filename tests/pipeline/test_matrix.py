@@ -55,8 +55,8 @@ def case(protocol, number, rng):
     }
 
 
-DEFAULT = [case(protocol, number, random.Random(number)) for protocol in PROTOCOLS for number in range(13)]
-NIGHTLY = [case(protocol, number, random.Random(number)) for protocol in PROTOCOLS for number in range(13, 13 * 12)]
+DEFAULT = [case(protocol, number, random.Random(number)) for protocol in PROTOCOLS for number in range(8)]
+NIGHTLY = [case(protocol, number, random.Random(number)) for protocol in PROTOCOLS for number in range(8, 13 * 12)]
 
 
 def name(options):

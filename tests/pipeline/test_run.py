@@ -84,7 +84,7 @@ CASES = [
     for ranks, more in ((2, ("--qps", "2", "--nccl", "2.24")), (3, ()), (5, ("--channels", "2", "--pin-channels")))
     for protocol in ("ll", "ll128", "simple")
 ]
-BY_DEFAULT = {(2, "ll"), (3, "simple"), (5, "ll128")}
+BY_DEFAULT = {(2, "ll"), (3, "simple")}
 
 
 @pytest.mark.parametrize(
