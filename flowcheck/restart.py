@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowcheck import describe
 from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 
 if TYPE_CHECKING:
@@ -111,12 +112,9 @@ def _fill(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[
 
 def _check_buckets(model: DistributedDataParallel, expected: list[list[str]] | None, url: str | Path) -> None:
     """Compare DDP's buckets with those of the checkpoint's run, where it names them."""
-    model.logger.set_runtime_stats_and_log()
-    text = model.logger._get_ddp_logging_data().strs_map.get("rebuilt_per_bucket_param_indices")
-    if expected is None or text is None:
+    found = describe.rebuilt_buckets(model)
+    if expected is None or found is None:
         return
-    names = [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
-    found = [[names[int(index)] for index in part.split()] for part in text.split(",")]
     if found != expected:
         wrong = next(
             (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))

@@ -88,10 +88,14 @@ class Directory:
         return plan
 
     @cached_property
+    def _index(self) -> list[Entry]:
+        """Every record of the log, in order."""
+        return list(read_index(self.path / LOG_FOLDER, self.manifest.identity))
+
+    @cached_property
     def entries(self) -> dict[int, tuple[Entry, str]]:
         """Each logged iteration from 1 on: its record and its state."""
-        index = read_index(self.path / LOG_FOLDER, self.manifest.identity)
-        listed = states(index, self.manifest.snapshots, has_model=self.manifest.has_model)
+        listed = states(self._index, self.manifest.snapshots, has_model=self.manifest.has_model)
         return {entry.header.iteration: (entry, state) for entry, state in listed}
 
     @cached_property
@@ -102,7 +106,7 @@ class Directory:
         several), and whether the `shadow` has another state than the trainers.
         """
         audited_to, alarms = None, []
-        for entry in read_index(self.path / LOG_FOLDER, self.manifest.identity):
+        for entry in self._index:
             if entry.header.kind in (ALARM, DIVERGED):
                 rows = read_facts(entry, self.manifest.identity)["alarms"]
                 known = {"iteration": entry.header.iteration, "audited_to": audited_to}
@@ -114,8 +118,7 @@ class Directory:
     @cached_property
     def distances(self) -> list[dict]:
         """How far a state that is not bit exact was from the trainer's at each base: `at`, `max_ulp`, `tensor`, `over_limit`."""
-        index = read_index(self.path / LOG_FOLDER, self.manifest.identity)
-        return [read_facts(entry, self.manifest.identity) for entry in index if entry.header.kind == MEASURED]
+        return [read_facts(entry, self.manifest.identity) for entry in self._index if entry.header.kind == MEASURED]
 
     @property
     def restorable(self) -> list[int]:
