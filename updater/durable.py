@@ -3,6 +3,7 @@
 
 Every file is private to its owner (0600). A published file is written under a temporary name, synced, renamed, and
 its folder synced; so it is there whole, or not at all. Errors of the operating system leave as one FlowCheckError.
+Whatever changes a checkpoint directory goes through `disk`, one method per system call.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from flowcheck.errors import ConfigError, FlowCheckError
 
 __all__ = [
     "TEMPORARY_SUFFIX",
+    "Disk",
+    "disk",
     "io_errors",
     "lock_directory",
     "publish",
     "remove_temporaries",
     "sha256_of",
-    "sync_directory",
     "write_all",
     "write_published",
 ]
@@ -50,12 +52,67 @@ def io_errors(what: str, path: str | Path) -> Iterator[None]:
         raise FlowCheckError(f"{path}: cannot {what}: {reason}{_HINTS.get(error.errno, '')}") from error
 
 
-def write_all(fd: int, pieces: Sequence[memoryview | bytes]) -> int:
-    """Write all pieces at the file's position, gathered without copying them together; returns the bytes written."""
+class Disk:
+    """The system calls that change a checkpoint directory. A test puts one in its place that notes them, or fails."""
+
+    def create(self, path: Path) -> int:
+        """Return a descriptor of a new, empty file, mode 0600, in place of any of that name."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def open(self, path: Path) -> int:
+        """Return a descriptor, for reading and writing, of a file that is there."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def write(self, fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+        """Write pieces one after another from an offset on; returns how many bytes were taken, at least one."""
+        return os.pwritev(fd, pieces, offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut a file to a size."""
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        """Make a file's content and size durable."""
+        os.fsync(fd)
+
+    def datasync(self, fd: int) -> None:
+        """Make a file's content, and what of its size is needed to read it, durable."""
+        os.fdatasync(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder for its owner alone, unless it is there; its name is durable when `sync_folder` was called above it."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file another name, in place of any file of that name."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+disk = Disk()
+
+
+def write_all(fd: int, pieces: Sequence[memoryview | bytes], offset: int) -> int:
+    """Write all pieces from an offset on, gathered without copying them together; returns the bytes written."""
     views = [view for piece in pieces if (view := memoryview(piece).cast("B")).nbytes]
     total = 0
     while views:
-        written = os.writev(fd, views[:_MOST_PIECES])
+        written = disk.write(fd, views[:_MOST_PIECES], offset + total)
         total += written
         while views and written >= views[0].nbytes:
             written -= views.pop(0).nbytes
@@ -64,41 +121,33 @@ def write_all(fd: int, pieces: Sequence[memoryview | bytes]) -> int:
     return total
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def publish(temporary: Path, final: Path) -> None:
     """Give a file that is written and synced its final name, durably; replaces a file of that name."""
-    os.replace(temporary, final)
-    sync_directory(final.parent)
+    disk.rename(temporary, final)
+    disk.sync_folder(final.parent)
 
 
 def write_published(path: Path, content: bytes) -> None:
     """Publish a small file in one go."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with io_errors("write", path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = disk.create(temporary)
         try:
-            write_all(fd, [content])
-            os.fsync(fd)
+            write_all(fd, [content], 0)
+            disk.sync(fd)
         except OSError:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                disk.unlink(temporary)
             raise
         finally:
-            os.close(fd)
+            disk.close(fd)
         publish(temporary, path)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a crash left unfinished; only the owner of the directory's lock may."""
     for path in folder.glob("*" + TEMPORARY_SUFFIX):
-        path.unlink()
+        disk.unlink(path)
 
 
 def sha256_of(path: Path) -> tuple[int, str]:

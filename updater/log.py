@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flowcheck.errors import CheckpointError
+from updater import durable
 from updater import log_format as form
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish, write_all
 from updater.log_reader import Segment, read_index, segment_paths
@@ -68,13 +68,13 @@ class LogWriter:
                     break
                 end, records = entry.end, records + 1
         with io_errors("repair", path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            os.ftruncate(self._fd, end)
-            os.fsync(self._fd)
+            self._fd = durable.disk.open(path)
+            durable.disk.truncate(self._fd, end)
+            durable.disk.sync(self._fd)
             self._mark(end, records)
 
     def _mark(self, end: int, records: int) -> None:
-        os.pwrite(self._fd, form.pack_mark(end, records), form.MARK_OFFSET)
+        write_all(self._fd, [form.pack_mark(end, records)], form.MARK_OFFSET)
         self._end, self._records = end, records
 
     def _begin_segment(self) -> None:
@@ -83,14 +83,15 @@ class LogWriter:
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         header = form.pack_segment_header(number, self.identity, time.time_ns())
         with io_errors("begin a segment", path):
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            fd = durable.disk.create(temporary)
             try:
-                write_all(fd, [header])
-                os.fsync(fd)
+                write_all(fd, [header], 0)
+                durable.disk.sync(fd)
                 publish(temporary, path)
             except OSError:
-                os.close(fd)
-                temporary.unlink(missing_ok=True)
+                durable.disk.close(fd)
+                with contextlib.suppress(OSError):
+                    durable.disk.unlink(temporary)
                 raise
         self._fd, self._number, self._end, self._records = fd, number, len(header), 0
 
@@ -114,13 +115,12 @@ class LogWriter:
         path = self.folder / f"{self._number:06}.fclog"
         with io_errors(f"append iteration {iteration}", path):
             try:
-                os.lseek(self._fd, self._end, os.SEEK_SET)
-                written = write_all(self._fd, [header, table, *map(memoryview, parts), padding])
-                os.fdatasync(self._fd)
+                written = write_all(self._fd, [header, table, *map(memoryview, parts), padding], self._end)
+                durable.disk.datasync(self._fd)
             except OSError:
                 # A failed sync is not retried on the same pages: they go, and with them what may look whole later.
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, self._end)
+                    durable.disk.truncate(self._fd, self._end)
                 raise
             self._mark(self._end + written, self._records + 1)
         if kind in form.DECIDED:
@@ -138,7 +138,7 @@ class LogWriter:
         name = self.open_segment
         if self._fd >= 0:
             with io_errors("sync", self.folder / str(name)):
-                os.fsync(self._fd)
-            os.close(self._fd)
+                durable.disk.sync(self._fd)
+            durable.disk.close(self._fd)
             self._fd = -1
         return name

@@ -23,7 +23,7 @@ from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 from flowcheck.layout import mirrored_ranges
 from flowcheck.plan import Plan, Revision
 from flowcheck.step_record import RecordError, Step
-from updater import log_format
+from updater import durable, log_format
 from updater.directory import payload_views
 from updater.durable import io_errors, lock_directory, remove_temporaries, write_published
 from updater.log import SEGMENT_BYTES, LogWriter
@@ -114,7 +114,7 @@ class Updater:
         self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
         with io_errors("make", self.folder):
             for folder in (self.folder, self.folder / LOG_FOLDER, self.folder / SNAPSHOT_FOLDER):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                durable.disk.make_folder(folder)
             self._lock = lock_directory(self.folder)
         try:
             self._manifest = self._open_manifest()
