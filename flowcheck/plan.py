@@ -13,7 +13,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,7 @@ __all__ = [
     "Arithmetic",
     "Audit",
     "Bucket",
+    "Checkpoints",
     "Collective",
     "Connection",
     "ExtraState",
@@ -37,6 +38,8 @@ __all__ = [
     "Optimizer",
     "Plan",
     "RawOperation",
+    "Resumed",
+    "Retention",
     "Revision",
     "Shard",
     "StateEntry",
@@ -80,13 +83,29 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
+class Resumed(_Model):
+    """The state from which an attempt goes on: that after `iteration` of an earlier attempt of the run."""
+
+    attempt: Annotated[int, Field(ge=1, lt=2**32)]
+    iteration: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Job(_Model):
     """Whose job it is: repeated in every file made from the plan."""
 
     run_id: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9._:-]+$")]
     attempt: Annotated[int, Field(ge=1, lt=2**32)] = 1
+    resumed: Resumed | None = None
     world_size: Annotated[int, Field(ge=2, lt=2**20)]
     model_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _later(self) -> Job:
+        if self.resumed and self.resumed.attempt >= self.attempt:
+            raise ValueError(
+                f"attempt {self.attempt} cannot go on from attempt {self.resumed.attempt}: expected an earlier one"
+            )
+        return self
 
 
 class Collective(_Model):
@@ -410,10 +429,8 @@ class Shard(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Shard:
         firsts = [r.from_iteration for r in self.revisions]
-        if firsts[0] != 1 or firsts != sorted(set(firsts)):
-            raise ValueError(
-                f"revisions begin at iterations {firsts}: expected 1 first, then each later than the one before"
-            )
+        if firsts != sorted(set(firsts)):
+            raise ValueError(f"revisions begin at iterations {firsts}: expected each later than the one before")
         ranks, layout = len(self.layout.ring), self.layout
         if self.step_record and self.step_record.contributor >= ranks:
             raise ValueError(f"step_record.contributor is rank {self.step_record.contributor} of {ranks}")
@@ -582,6 +599,34 @@ class Optimizer(_Model):
     groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
 
 
+class Retention(_Model):
+    """What may be removed of a checkpoint directory; without a rule, nothing is.
+
+    Any rule keeps something alone; `most_bytes` is a limit for all of them together, under which the oldest goes first. The
+    newest snapshot that verifies, with the log after it, always stays, and so does what is pinned.
+    """
+
+    last_iterations: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    every_snapshot: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    most_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    most_waiting_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+
+
+class Checkpoints(_Model):
+    """How the directory is kept; not part of a job's identity, so it may change between two starts.
+
+    A snapshot is begun once any of `snapshot_iterations`, `snapshot_seconds` or `snapshot_log_bytes` has come together since
+    the last one. `snapshot_log_bytes` is by default eight times the state, and at least 256 MiB. `compress`: log what compresses
+    in less time than it saves the disk.
+    """
+
+    snapshot_iterations: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    snapshot_seconds: Annotated[float, Field(gt=0)] | None = None
+    snapshot_log_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    compress: bool = False
+    retention: Retention = Retention()
+
+
 class Arithmetic(_Model):
     """The named arithmetic that the trainer's optimizer step ran in.
 
@@ -606,6 +651,7 @@ class Plan(_Model):
     optimizer: Optimizer | None = None
     arithmetic: Arithmetic | None = None
     complete: bool = True
+    checkpoints: Checkpoints = Checkpoints()
     slots: Annotated[int, Field(ge=3, le=64)] = 4
     silence_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 5000
 
@@ -615,6 +661,11 @@ class Plan(_Model):
             if len(shard.layout.ring) != self.job.world_size:
                 raise ValueError(
                     f"shards[{name}].layout.ring has {len(shard.layout.ring)} ranks, job.world_size is {self.job.world_size}"
+                )
+            if shard.revisions[0].from_iteration != self.first_step:
+                raise ValueError(
+                    f"shards[{name}].revisions begin at iteration {shard.revisions[0].from_iteration}, expected {self.first_step}, the "
+                    "job's first"
                 )
         parts = {
             "state": bool(self.state),
@@ -685,6 +736,10 @@ class Plan(_Model):
                     )
                 stepped.add(name)
         if self.initial_state.source == "broadcast":
+            if self.job.resumed:
+                raise ValueError(
+                    "initial_state: an attempt that goes on has a whole state to begin from: expected source 'file'"
+                )
             unknown = [key for key in self.initial_state.tensors if key not in keys]
             if unknown:
                 raise ValueError(f"initial_state.tensors: {unknown[0]!r} is not a key of state")
@@ -786,9 +841,14 @@ class Plan(_Model):
         return [*revision.slot_ranges, *([record] if record else [])]
 
     @property
+    def first_step(self) -> int:
+        """The first iteration of the attempt: 1, or the one after that from which it goes on."""
+        return self.job.resumed.iteration + 1 if self.job.resumed else 1
+
+    @property
     def first_iteration(self) -> int:
-        """The first iteration that slots carry: 0 where the initial state comes from the wire, else 1."""
-        return 0 if self.initial_bytes else 1
+        """The first iteration that slots carry: 0 where the initial state comes from the wire, else the first step."""
+        return 0 if self.initial_bytes else self.first_step
 
     def slot_ranges(self, iteration: int) -> list[tuple[int, int]]:
         """Return the byte ranges of an iteration's slot that hold data; 0 is the initial state."""
@@ -800,13 +860,16 @@ class Plan(_Model):
 
     def canonical(self) -> bytes:
         """Return the plan as JSON, keys sorted: equal plans give equal bytes."""
+        return self._canonical()
+
+    def _canonical(self, **options: Any) -> bytes:
         # Without defaults: a field that a later version adds leaves the identity of the plans that do not use it.
-        document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True, **options)
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
     def digest(self) -> bytes:
-        """Return 16 bytes that stand for this very plan: the first half of the SHA-256 of `canonical`."""
-        return hashlib.sha256(self.canonical()).digest()[:16]
+        """Return 16 bytes that stand for this very job: the first half of the SHA-256 of the plan without `checkpoints`."""
+        return hashlib.sha256(self._canonical(exclude={"checkpoints"})).digest()[:16]
 
     def identity(self) -> bytes:
         """Return the 128 bytes of `fc_identity` that every file made from this plan repeats."""
