@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""A whole training state in an HDF5 file: written streamed, synced, verified, then published; read back exactly.
+"""A whole training state as an HDF5 file: what such a file holds of it, and how it comes back, exactly.
 
 The file is made for people too: `model/<key>` holds the tensors under the state_dict's own names (tied keys are hard
 links to one dataset), `optimizer/state/<id>/<name>` the optimizer's, by torch's parameter ids. bfloat16, which HDF5 has
-not, is stored as uint16; every dataset's attribute `dtype` names torch's dtype. Nothing is pickled.
+not, is stored as uint16; every dataset's attribute `dtype` names torch's dtype. Nothing is pickled. How the file comes
+onto the disk is `snapshot_file`'s.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +20,23 @@ import h5py
 import numpy as np
 import torch
 
-from flowcheck.errors import CheckpointError
+from flowcheck.errors import CheckpointError, FlowCheckError
+from flowcheck.formats import IDENTITY
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
 from updater.model_state import bytes_of, torch_dtype
+from updater.snapshot_file import Request, Written, pieces, write_file
 
 if TYPE_CHECKING:
     from flowcheck._copy import CopyEngine
 
-__all__ = ["State", "read_state", "write_state"]
+    from flowcheck.plan import Revision
+
+__all__ = ["State", "layout_of", "read_state", "request_of", "stage", "write_now", "write_state"]
 
 _FORMAT = "flowcheck-state"
-_VERSION = 1
-_NUMPY = {"bfloat16": "uint16"}
-_COMPARE_CHUNK_BYTES = 4 << 20
+_VERSION = 2
+#: Version 1 had nothing of the plan.
+_READABLE = (1, _VERSION)
 
 
 @dataclass
@@ -47,6 +52,8 @@ class State:
     optimizer: dict[str, Any] | None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # declared by the trainer, no keys of the model
     buckets: list[list[str]] | None = None  # of the next iteration, by parameter names; not kept in snapshots
+    identity: bytes | None = None  # of the plan, 128 bytes; None in a file of version 1
+    layout: list[dict[str, Any]] | None = None  # `layout_of` the revision in force
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor by its path in the file, model first; tied ones under each of their names."""
@@ -70,83 +77,98 @@ def _unescape(name: str) -> str:
     return name.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def request_of(state: State) -> tuple[Request, dict[str, np.ndarray]]:
+    """Return what a state's file is to hold, and the bytes of its datasets by path: views of the tensors, no copies.
+
+    Raises:
+        FlowCheckError: an option of the optimizer is nothing that JSON has.
+    """
+    facts = {name: getattr(state, name) for name in ("run_id", "attempt", "iteration", "bit_exact")}
+    facts |= {"format": _FORMAT, "version": _VERSION, "arithmetic": json.dumps(state.arithmetic)}
+    request = Request({"": facts, "model": {}})
+    contents: dict[str, np.ndarray] = {}
+    written: dict[int, str] = {}
+    for path, tensor in state.tensors():
+        if id(tensor) in written:
+            request.links[path] = written[id(tensor)]
+            continue
+        written[id(tensor)] = path
+        contents[path] = bytes_of(tensor.contiguous())
+        request.add(path, str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.nbytes)
+    if state.optimizer is not None:
+        try:
+            request.attributes["optimizer"] = {"param_groups": json.dumps(state.optimizer["param_groups"])}
+            for number, values in state.optimizer["state"].items():
+                scalars = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+                request.attributes[f"optimizer/state/{number}"] = {"scalars": json.dumps(scalars)}
+        except TypeError as error:
+            raise FlowCheckError(
+                f"iteration {state.iteration}: an option of the optimizer cannot be written: {error}; expected numbers, "
+                "flags and text"
+            ) from error
+    documents: dict[str, bytes] = {}
+    if state.identity is not None:
+        facts["plan_digest"] = _plan_digest(state.identity)
+        documents["identity"] = state.identity
+    if state.layout is not None:
+        documents["layout"] = json.dumps(state.layout).encode()
+    for path, document in documents.items():
+        contents[path] = np.frombuffer(document, np.uint8)
+        request.add(path, "uint8", [len(document)], len(document))
+    return request, contents
+
+
+def layout_of(revision: Revision) -> list[dict[str, Any]]:
+    """Return where each parameter's gradient lies in a revision's buckets, as a snapshot keeps it."""
+    return [
+        {"dtype": bucket.dtype, "parameters": [[p.name, list(p.shape), p.offset] for p in bucket.parameters]}
+        for bucket in revision.buckets
+    ]
+
+
+def _plan_digest(identity: bytes) -> str:
+    return np.frombuffer(identity, IDENTITY, 1)["plan_digest"][0].tobytes().hex()
+
+
+def stage(request: Request, contents: dict[str, np.ndarray], memory: memoryview, engine: CopyEngine) -> None:
+    """Copy the bytes of every dataset to where the request has them in staging memory; they may change afterwards."""
+    for dataset in request.datasets:
+        engine.copy_bytes(memory[dataset.offset : dataset.offset + dataset.bytes], contents[dataset.path])
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def write_now(path: Path, state: State) -> Written:
+    """Write a state's file, straight from the tensors, in this thread; it is synced, and has its temporary name yet.
+
+    Publishing it under `path` is the caller's. A process of its own does the same: `snapshot_writer.SnapshotWriter`.
+
+    Raises:
+        FlowCheckError: the disk refused, or what was read back differs; nothing of the file is there then.
+    """
+    request, contents = request_of(state)
+    with io_errors("write", path):
+        return write_file(_temporary(path), request, lambda dataset: pieces(memoryview(contents[dataset.path])))
 
 
 def write_state(path: Path, state: State, engine: CopyEngine | None = None) -> None:
-    """Publish a state as an HDF5 file of that path; the engine copies it into the staging buffer, the CPU if None.
-
-    The state may be stepped on as soon as this has returned, not before.
+    """Publish a state as an HDF5 file of that path; with an engine it is first copied together by it.
 
     Raises:
         FlowCheckError: the disk refused, or what was read back differs; no file of that path is there then.
     """
-    # A training host reads states and writes none: it has no compiled module.
-    from flowcheck._copy import CopyEngine
-
-    from updater._staging import Staging
-
-    pieces = {id(tensor): tensor for _, tensor in state.tensors()}
-    staging = Staging(sum(Staging.room(tensor.nbytes) for tensor in pieces.values()), engine or CopyEngine())
-    staged = {key: staging.copy(bytes_of(tensor.contiguous())) for key, tensor in pieces.items()}
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    if engine is None:
+        written = write_now(path, state)
+    else:
+        request, contents = request_of(state)
+        memory = memoryview(mmap.mmap(-1, max(request.room_bytes, 1)))
+        stage(request, contents, memory, engine)
+        with io_errors("write", path):
+            written = write_file(_temporary(path), request, lambda d: pieces(memory[d.offset : d.offset + d.bytes]))
     with io_errors("write", path):
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-            try:
-                _write_file(temporary, state, staged)
-            except RuntimeError as error:
-                # h5py's way to say that closing failed
-                raise OSError(str(error).splitlines()[0]) from error
-            fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-                _verify_file(temporary, fd, state, staged)
-            finally:
-                os.close(fd)
-            publish(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _write_file(path: Path, state: State, staged: dict[int, memoryview]) -> None:
-    with h5py.File(path, "w") as file:
-        file.attrs["format"], file.attrs["version"] = _FORMAT, _VERSION
-        for name in ("run_id", "attempt", "iteration", "bit_exact"):
-            file.attrs[name] = getattr(state, name)
-        file.attrs["arithmetic"] = json.dumps(state.arithmetic)
-        file.create_group("model")
-        written: dict[int, h5py.Dataset] = {}
-        for name, tensor in state.tensors():
-            if id(tensor) in written:
-                file[name] = written[id(tensor)]
-                continue
-            dtype = _dtype_name(tensor)
-            content = np.frombuffer(staged[id(tensor)], _NUMPY.get(dtype, dtype)).reshape(tuple(tensor.shape))
-            dataset = file.create_dataset(name, data=content)
-            dataset.attrs["dtype"] = dtype
-            written[id(tensor)] = dataset
-        if state.optimizer is not None:
-            group = file.require_group("optimizer")
-            group.attrs["param_groups"] = json.dumps(state.optimizer["param_groups"])
-            for number, values in state.optimizer["state"].items():
-                scalars = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
-                file.require_group(f"optimizer/state/{number}").attrs["scalars"] = json.dumps(scalars)
-        file.flush()
-
-
-def _verify_file(path: Path, fd: int, state: State, staged: dict[int, memoryview]) -> None:
-    """Hold every dataset of a file just written against the staging buffer, byte for byte as they lie on disk."""
-    with h5py.File(path, "r") as file:
-        for name, tensor in state.tensors():
-            expected = staged[id(tensor)]
-            at = file[name].id.get_offset()
-            for low in range(0, len(expected), _COMPARE_CHUNK_BYTES):
-                chunk = expected[low : low + _COMPARE_CHUNK_BYTES]
-                if os.pread(fd, len(chunk), at + low) != chunk:
-                    raise OSError(f"reading {name} back gives other bytes")
+        publish(written.path, path)
 
 
 def read_state(path: Path) -> State:
@@ -157,9 +179,10 @@ def read_state(path: Path) -> State:
     """
     try:
         with h5py.File(path, "r") as file:
-            if (file.attrs["format"], file.attrs["version"]) != (_FORMAT, _VERSION):
+            if file.attrs["format"] != _FORMAT or file.attrs["version"] not in _READABLE:
                 raise ValueError(
-                    f"{file.attrs['format']} version {file.attrs['version']}, expected {_FORMAT} {_VERSION}"
+                    f"{file.attrs['format']} version {file.attrs['version']}; this release reads {_FORMAT} "
+                    f"{' and '.join(map(str, _READABLE))}"
                 )
             model, seen = {}, {}
             for name, dataset in file["model"].items():
@@ -178,6 +201,8 @@ def read_state(path: Path) -> State:
                 model,
                 optimizer,
                 {_unescape(name): _read_tensor(dataset) for name, dataset in file.get("extra", {}).items()},
+                identity=_read_identity(file),
+                layout=json.loads(file["layout"][()].tobytes()) if "layout" in file else None,
             )
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
@@ -185,14 +210,22 @@ def read_state(path: Path) -> State:
         ) from error
 
 
+def _read_identity(file: h5py.File) -> bytes | None:
+    if "identity" not in file:
+        return None
+    identity = file["identity"][()].tobytes()
+    if _plan_digest(identity) != file.attrs["plan_digest"]:
+        raise ValueError(f"its identity is of plan {_plan_digest(identity)}, not {file.attrs['plan_digest']}")
+    return identity
+
+
 def _read_tensor(dataset: h5py.Dataset) -> torch.Tensor:
-    content = np.asarray(dataset[()])
-    flat = (
-        torch.from_numpy(np.frombuffer(bytearray(content.tobytes()), np.uint8))
-        if content.size
-        else torch.empty(0, dtype=torch.uint8)
-    )
-    return flat.view(torch_dtype(dataset.attrs["dtype"])).reshape(content.shape)
+    tensor = torch.empty(dataset.shape, dtype=torch_dtype(dataset.attrs["dtype"]))
+    if tensor.element_size() != dataset.dtype.itemsize:
+        raise ValueError(f"{dataset.name} is {dataset.dtype}, its attribute says {dataset.attrs['dtype']}")
+    if tensor.numel():
+        dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, bytes_of(tensor).view(dataset.dtype).reshape(dataset.shape))
+    return tensor
 
 
 def _read_optimizer(group: h5py.Group) -> dict[str, Any]:
