@@ -297,8 +297,8 @@ class Attached:
             followed = self._folder.wait_for_shadow(self.plan, self._wait_s) if self._wait_s else False
         followed = _from_rank_0(followed)
         if not followed and self._wait_s:
-            self._wait_s = 0.0  # a job waits in vain once
-            self._complain(f"no shadow follows this job after {self._wait_s:g} seconds: flowcheck run PLAN --out DIR")
+            waited, self._wait_s = self._wait_s, 0.0  # a job waits in vain once
+            self._complain(f"no shadow follows this job after {waited:g} seconds: flowcheck run PLAN --out DIR")
         return followed
 
     def _complain(self, what: str) -> None:

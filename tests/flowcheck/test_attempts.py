@@ -137,6 +137,7 @@ def choosing(here):
     tried("stepped", Script(here, "f", **named), stepped)
     tried("stepped, other name", Script(here, "g", **named), stepped, run_id="another")
     tried("ranks differ", Script(here, "h", **named, latest_attempt=here.rank + 1))
+    tried("no shadow", Script(here, "k"), required=True, wait_s=0.1)
     tried("rules", Script(here, "i", **named), checkpoints={"snapshots": 7})
     twice = Script(here, "j", **named)
     tried("attached", twice)
@@ -159,6 +160,7 @@ def test_the_run_that_a_script_goes_on_in_is_the_one_it_loaded(tmp_path):
     assert mine["resumed, other name"][2] == mine["other name"][2] + 3
     assert "has stepped since it was loaded with iteration 5 of run 'the-run'" in mine["stepped"]
     assert "rank 1 goes on from iteration 5 of attempt 1 of run 'the-run' as attempt 3, rank 0" in mine["ranks differ"]
+    assert "no shadow follows this job after 0.1 seconds" in mine["no shadow"]
     assert "checkpoints.snapshots" in mine["rules"]
     assert {name: said for name, said in other.items() if isinstance(said, str)} == {
         name: said for name, said in mine.items() if isinstance(said, str)
