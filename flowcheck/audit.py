@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["digests", "group_names", "is_audited"]
 
 _CHUNK_WORDS = 1 << 20
-#: The first iterations are audited whatever the interval.
-_FIRST = 3
+#: So many iterations at the start of an attempt are audited whatever the interval.
+_AT_THE_START = 3
 
 
-def is_audited(iteration: int, every: int) -> bool:
-    """Return whether the record of an iteration carries digests."""
-    return iteration <= _FIRST or iteration % every == 0
+def is_audited(iteration: int, every: int, first_step: int) -> bool:
+    """Return whether the record of an iteration carries digests; `first_step` is the attempt's first iteration."""
+    return iteration < first_step + _AT_THE_START or iteration % every == 0
 
 
 def group_names(plan: Plan) -> list[list[str]]:

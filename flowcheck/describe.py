@@ -31,6 +31,7 @@ __all__ = [
     "rebuilt_buckets",
     "startup_operations",
     "state_entries",
+    "thrown_away_operations",
 ]
 
 #: Options that say how a step is computed, not what; the plan has them as the optimizer's form.
@@ -103,6 +104,22 @@ def startup_operations(model: DistributedDataParallel) -> list[dict[str, Any]]:
             for indices in assigned
         ),
     ]
+
+
+def thrown_away_operations(
+    model: DistributedDataParallel, first: list[list[str]], dtype: str | None
+) -> list[dict[str, Any]]:
+    """Return the collectives of the step that `flowcheck.resume` throws away: first buckets reduced, then buckets rebuilt.
+
+    Args:
+        model: after that step.
+        first: names in the buckets that it had before.
+        dtype: on the wire; the parameters' own if None.
+    """
+    parameters, rebuilt = dict(model.module.named_parameters()), rebuilt_buckets(model)
+    entries = [bucket(parameters, names, dtype) for names in first]
+    reduced = [{"op": "all_reduce", "dtype": e["dtype"], "elements": e["elements"]} for e in entries]
+    return reduced + (rebuild_operations(rebuilt) if rebuilt else [])
 
 
 def rebuild_operations(buckets: list[list[str]]) -> list[dict[str, Any]]:

@@ -397,7 +397,7 @@ class ExtraState(_Model):
 
 
 class Audit(_Model):
-    """When records carry digests: at iterations 1, 2, 3 and every `every`; of how many groups of tensors.
+    """When records carry digests: at an attempt's first three iterations and every `every`; of how many groups of tensors.
 
     `max_ulp`: how far a state that is not bit exact may be from a full state of the trainer without an alarm.
     """
@@ -681,6 +681,10 @@ class Plan(_Model):
         if self.state:
             self._check_model()
             self._check_extra()
+        elif self.job.resumed and self.initial_bytes:
+            raise ValueError(
+                "a start-up broadcast carries the initial state: an attempt that goes on has none on the wire"
+            )
         if self.complete and isinstance(self.shard.layout, UnlearnedLayout):
             raise ValueError("shards[0].layout is unlearned: only a plan that is not complete may say so")
         if self.record_form is not None and isinstance(self.shard.layout, LearnedLayout):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowcheck import describe
+from flowcheck import attempts, describe
 from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _IN_DIRECTORY = re.compile(r"(.+)@(\d+)")
 def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, url: str | Path) -> int:
     """Load a checkpoint into a model and its optimizer; return the iteration that it is the state after.
 
+    `flowcheck.attach` then goes on in the checkpoint's run, as a new attempt whose iterations count on from that one.
+
     Args:
         model: plain or wrapped in DistributedDataParallel.
         optimizer: of the same class and param groups as the trainer's.
@@ -35,6 +37,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, url: str | Pa
     """
     state = _read(Path(url))
     _fill(model, optimizer, state, url)
+    attempts.remember(optimizer, state, [])
     return int(state["iteration"])
 
 
@@ -65,7 +68,9 @@ def resume(
     _fill(model, optimizer, state, url)
     iteration = int(state["iteration"])
     if iteration == 0:
+        attempts.remember(optimizer, state, [])
         return 0  # the first step of a job has the first buckets
+    first = describe.first_buckets(model)
     buffers = [buffer.clone() for buffer in model.module.buffers()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
@@ -79,6 +84,7 @@ def resume(
     for parameter in model.parameters():
         parameter.grad = None
     _check_buckets(model, state.get("buckets"), url)
+    attempts.remember(optimizer, state, first)
     return iteration
 
 
@@ -99,7 +105,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no torch file: {str(error).splitlines()[0]}", str(path)) from error
     if not isinstance(state, dict) or not {"model", "optimizer", "iteration"} <= set(state):
         raise ConfigError(f"{path}: expected a dictionary with 'model', 'optimizer' and 'iteration'")
+    _check_origin(path, state)
     return state
+
+
+def _check_origin(path: Path, state: dict[str, Any]) -> None:
+    """ConfigError if the run and the attempts that a checkpoint names, where it does, cannot be."""
+    for name in ("attempt", "latest_attempt"):
+        if name in state and (type(state[name]) is not int or state[name] < 1):
+            raise ConfigError(f"{path}: {name!r} is {state[name]!r}, expected the number of an attempt, from 1")
+    if "run_id" in state and not isinstance(state["run_id"], str):
+        raise ConfigError(f"{path}: 'run_id' is {state['run_id']!r}, expected the name of a run")
 
 
 def _fill(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], url: str | Path) -> None:

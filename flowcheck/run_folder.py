@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from flowcheck.errors import ConfigError
-from flowcheck.plan import Plan
+from flowcheck.plan import Job, Plan
 
 __all__ = ["ACKNOWLEDGEMENT", "FULL_STATES", "INITIAL_STATE", "LEARNED", "PASSES", "PLAN", "RunFolder", "state_name"]
 
@@ -67,6 +67,18 @@ class RunFolder:
         write(temporary)
         os.replace(temporary, final)
 
+    def begin(self, iteration: int) -> None:
+        """Put aside what an earlier attempt or job has left that a shadow could take for this one's.
+
+        Full states of iterations after `iteration`, after which this attempt begins, are renamed: they are the run's no more.
+        """
+        for name in (PASSES, LEARNED):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / FULL_STATES).glob("state-*.pt"):
+            number = path.stem.removeprefix("state-")
+            if number.isdecimal() and int(number) > iteration:
+                path.rename(path.with_name(f"superseded-{number}.pt"))
+
     def save_plan(self, document: dict[str, Any]) -> None:
         """Write the plan."""
         self._save_json(PLAN, document)
@@ -74,14 +86,14 @@ class RunFolder:
     def _save_json(self, name: str, document: Any) -> None:
         self.save(name, lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
 
-    def learned(self, run_id: str, passes: list[dict[str, Any]], patience_s: float) -> dict[str, Any] | None:
+    def learned(self, job: Job, passes: list[dict[str, Any]], patience_s: float) -> dict[str, Any] | None:
         """Tell the shadow what was reduced so far; return what it says of it, None if it says nothing in so many seconds."""
-        self._save_json(PASSES, {"run_id": run_id, "passes": passes})
+        self._save_json(PASSES, {"run_id": job.run_id, "attempt": job.attempt, "passes": passes})
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 answer = json.loads((self.path / LEARNED).read_text())
-                if (answer["run_id"], answer["passes"]) == (run_id, len(passes)):
+                if (answer["run_id"], answer["attempt"], answer["passes"]) == (job.run_id, job.attempt, len(passes)):
                     return answer
             time.sleep(_LOOK_S)
         return None

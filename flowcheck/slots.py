@@ -61,9 +61,19 @@ class SlotFile:
 
     @classmethod
     def create(
-        cls, path: str | Path, *, slots: int, gradient_bytes: int, initial_bytes: int, identity: bytes
+        cls,
+        path: str | Path,
+        *,
+        slots: int,
+        gradient_bytes: int,
+        initial_bytes: int,
+        identity: bytes,
+        first_step: int = 1,
     ) -> SlotFile:
-        """Make a slot file; `path` must not exist. Mode 0600; it appears under its name only when it is whole."""
+        """Make a slot file; `path` must not exist. Mode 0600; it appears under its name only when it is whole.
+
+        `first_step` is the first iteration that has a gradient; the initial state, where it has a slot, comes before it.
+        """
         path = Path(path)
         header = np.zeros((), SLOTS_HEADER)
         header["magic"], header["version"], header["header_bytes"] = np.void(SLOTS_MAGIC), VERSION, PAGE
@@ -71,8 +81,7 @@ class SlotFile:
         header["slot_bytes"] = _slot_offsets(gradient_bytes)[3]
         header["created_ns"] = time.time_ns()
         header["identity"] = np.frombuffer(identity, SLOTS_HEADER["identity"])[0]
-        first_iteration = 0 if initial_bytes else 1
-        header["settled_next"] = header["consumed_next"] = first_iteration
+        header["settled_next"] = header["consumed_next"] = 0 if initial_bytes else first_step
         initial_size = _slot_offsets(initial_bytes)[3] if initial_bytes else 0
         size = PAGE + initial_size + slots * int(header["slot_bytes"])
         pieces = {0: header.tobytes()}
@@ -108,7 +117,7 @@ class SlotFile:
         if path.exists():
             return cls.open(path, identity)
         rooms = {"gradient_bytes": plan.slot_bytes, "initial_bytes": plan.initial_bytes}
-        return cls.create(path, slots=plan.slots, identity=identity, **rooms)
+        return cls.create(path, slots=plan.slots, identity=identity, first_step=plan.first_step, **rooms)
 
     @staticmethod
     def _problem(memory: mmap.mmap, header: np.void, size: int) -> str | None:

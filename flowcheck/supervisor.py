@@ -25,10 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowcheck import plan as plans
 from flowcheck.counters import extract_state, packet_counters, parse_counts
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.files import write_private
+from flowcheck.formats import IDENTITY
 from flowcheck.learned import UnlearnedLayout
 from flowcheck.ring import PacketRing
 from flowcheck.run_folder import ACKNOWLEDGEMENT, FULL_STATES
@@ -68,6 +71,24 @@ def _make_private(folder: Path) -> None:
     found = os.lstat(folder)
     if not os.path.isdir(folder) or os.path.islink(folder) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder}: is not a folder of this user alone; remove it")
+
+
+def _undrained(scratch: Path) -> str | None:
+    """Return whose rings and slots hold what was captured and not committed, and how much; None if all was."""
+    frames = iterations = 0
+    identity = b""
+    for path in scratch.glob("*.ring"):
+        with contextlib.suppress(FlowCheckError), PacketRing.open(path) as ring:
+            frames += ring.written - ring.extracted
+            identity = ring.identity
+    with contextlib.suppress(FlowCheckError, FileNotFoundError), SlotFile.open(scratch / "slots") as slots:
+        iterations = slots.settled_next - slots.consumed_next
+        identity = slots.identity
+    if not frames and not iterations:
+        return None
+    whose = np.frombuffer(identity, IDENTITY)[0]
+    run, attempt = whose["run_id"].decode(errors="replace"), int(whose["attempt"])
+    return f"attempt {attempt} of run {run!r}, {frames} frames and {iterations} decided iterations"
 
 
 def _die_with_parent() -> None:
@@ -197,6 +218,8 @@ class Supervisor:
                     raise FlowCheckError("it was complete")
         except FlowCheckError as error:
             self.say(f"not going on with what an earlier run left: {error}")
+            if left := _undrained(scratch):
+                self.say(f"discarding what was not drained of {left}: no checkpoint has it")
             shutil.rmtree(scratch / INBOX, ignore_errors=True)
             for path in scratch.iterdir():
                 path.unlink()
@@ -399,7 +422,7 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
             counts["extract"] = counts.get("extract", 0) + ring.extracted
         with contextlib.suppress(OSError, FlowCheckError):
             with SlotFile.open(scratch / "slots", plan.identity()) as slots:
-                counts["update"] = slots.consumed_next
+                counts["update"] = slots.consumed_next - plan.first_iteration
     last, incomplete, audited_to, alarms = 0, 0, None, []
     with contextlib.suppress(FlowCheckError, OSError):  # the updater has not begun it yet
         directory = Directory(out)
@@ -410,7 +433,8 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
     return {
         "run_id": plan.job.run_id,
         "last_committed": last,
-        "lag": max(0, highest - last),
+        # What precedes the attempt's first iteration is no work of its own, whatever the directory has of it.
+        "lag": max(0, highest - max(last, plan.first_step - 1)),
         "incomplete": incomplete,
         "audited_to": audited_to,
         "alarms": alarms,

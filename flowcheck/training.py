@@ -22,7 +22,7 @@ from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from flowcheck import audit, describe, learning, refusals, step_record
+from flowcheck import attempts, audit, describe, learning, refusals, step_record
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.run_folder import INITIAL_STATE, RunFolder
@@ -65,12 +65,15 @@ def attach(
     reductions: int = 1,
     audit_every: int = 100,
     full_state_every: int = 0,
+    checkpoints: Mapping[str, Any] | None = None,
     wait_s: float = 60.0,
     required: bool = False,
 ) -> Attached:
     """Have a job shadowed from its next step on; every rank must call it, before the first step.
 
-    The job's iterations count from here: the first step after `attach` is iteration 1.
+    A new run's iterations count from here: the first step after `attach` is iteration 1. If model and optimizer come from
+    `flowcheck.load` or `flowcheck.resume`, the job goes on in the checkpoint's run: it is the run's next attempt, and its first
+    step is the iteration after the checkpoint's.
 
     Args:
         model: wrapped in DistributedDataParallel, with `process_group=flowcheck.group()`.
@@ -79,7 +82,8 @@ def attach(
         wire: the parts of the plan that describe the network: `layout`, `connections`, `streams`; or a JSON file of them.
             With a layout of source `unlearned` there are no connections: the job reduces index patterns before its first
             and its second iteration, from which the shadow learns both.
-        run_id: names the run; one is made up if None.
+        run_id: names the run; if None it is the run that was loaded, or one is made up. Another name than that of the run
+            that was loaded makes a new run.
         scaler: the GradScaler that steps the optimizer, if one does.
         buffers: state_dict keys of buffers that change in training (BatchNorm statistics); their values on one rank, the
             record's contributor, travel in the record.
@@ -91,12 +95,14 @@ def attach(
             `no_sync`.
         audit_every: iterations between two audits of the whole state.
         full_state_every: rank 0 saves the whole state after every so many iterations, as a way on after a loss; 0: never.
+        checkpoints: how the shadow keeps its directory, as the plan's `checkpoints` has it; None: as by default.
         wait_s: so long the job waits for the shadow, before the first step and, if it came, once more before the second.
         required: raise if no shadow comes in that time; else the job trains on, and a shadow that comes later begins
             from a full state.
 
     Raises:
-        ConfigError: this training cannot be followed; the message names what of it.
+        ConfigError: this training cannot be followed; the message names what of it. Or the ranks were loaded with
+            different checkpoints.
         FlowCheckError: no shadow came, and one is required.
     """
     buffers, extra_state = list(buffers), dict(extra_state or {})
@@ -118,18 +124,21 @@ def attach(
             "the iteration's number, or leave it to full states"
         )
     network = dict(wire) if isinstance(wire, Mapping) else _read_wire(Path(wire))
+    goes_on = attempts.agreed(attempts.job_entry(optimizer, run_id))
     document = _document(
-        model, optimizer, network, run_id, on_wire=on_wire, extra=extra, buffers=buffers, varying=varying,
-        reductions=reductions, audit_every=audit_every,
+        model, optimizer, network, goes_on or {"run_id": run_id or f"run-{uuid.uuid4().hex[:12]}"}, on_wire=on_wire, extra=extra,
+        buffers=buffers, varying=varying, reductions=reductions, audit_every=audit_every,
     )  # fmt: skip
-    document = _from_rank_0(document)
+    document = _from_rank_0(document | ({"checkpoints": dict(checkpoints)} if checkpoints else {}))
     folder = RunFolder(plan_url) if dist.get_rank() == 0 else None
     hook = Attached(
         model, optimizer, document, folder, scaler=scaler, extra=extra, reductions=reductions, on_wire=on_wire,
         full_state_every=full_state_every, wait_s=wait_s, required=required,
     )  # fmt: skip
+    attempts.forget(optimizer)
     if folder is not None:
-        state = hook._state(0)
+        folder.begin(hook.iteration)
+        state = hook._state(hook.iteration)
         folder.save(INITIAL_STATE, lambda path: torch.save(state, path))
     hook._begin_run()
     return hook
@@ -153,7 +162,7 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _document(
-    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, network: dict[str, Any], run_id: str | None, *,
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, network: dict[str, Any], job: dict[str, Any], *,
     on_wire: str | None, extra: Mapping[str, Callable[[], torch.Tensor]], buffers: list[str], varying: Iterable[str] | None,
     reductions: int, audit_every: int,
 ) -> dict[str, Any]:  # fmt: skip
@@ -164,6 +173,9 @@ def _document(
     shapes = [(name, list(p.shape), describe.dtype_name(p.dtype)) for name, p in parameters.items()]
     buckets = describe.rebuilt_buckets(model)
     startup = network.pop("startup", None)
+    loaded = attempts.loaded(optimizer)
+    first_buckets = loaded.thrown_away if loaded else []
+    thrown_away = describe.thrown_away_operations(model, first_buckets, on_wire) if first_buckets else []
     first = [describe.bucket(parameters, bucket, on_wire) for bucket in buckets or describe.first_buckets(model)]
     slots = {name: network.pop(name) for name in ("slots", "silence_ms") if name in network}
     unknown = set(network) - {"layout", "connections", "streams"}
@@ -172,22 +184,23 @@ def _document(
         raise ConfigError(f"wire: {what}; expected 'layout', 'connections' and 'streams' as docs/plan.md has them")
     ring = network["layout"].get("ring") or list(range(dist.get_world_size()))
     if network["layout"].get("source") == "unlearned":
-        startup = []  # that is on the wire, too
+        startup = thrown_away = []  # that is on the wire, too
+    first_step = job["resumed"]["iteration"] + 1 if "resumed" in job else 1
     receivers = {ring[(link + 1) % len(ring)] for stream in network.get("streams", ()) for link in stream["links"]}
     return {
         "format": "flowcheck-plan",
         "version": 1,
         "complete": buckets is not None and network["layout"].get("source") != "unlearned",
         "job": {
-            "run_id": run_id or f"run-{uuid.uuid4().hex[:12]}",
+            **job,
             "world_size": dist.get_world_size(),
             "model_fingerprint": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         },
         "shards": [
             {
                 "name": "model",
-                "startup": describe.startup_operations(model) if startup is None else startup,
-                "revisions": [{"from_iteration": 1, "reductions": reductions, "buckets": first}],
+                "startup": [*(describe.startup_operations(model) if startup is None else startup), *thrown_away],
+                "revisions": [{"from_iteration": first_step, "reductions": reductions, "buckets": first}],
                 "step_record": {
                     # Who receives on no mirrored edge: then each of those shows the whole record.
                     "contributor": max(set(ring) - receivers, default=0),
@@ -223,12 +236,12 @@ class Attached:
         reductions: int, on_wire: str | None, full_state_every: int, wait_s: float, required: bool,
     ) -> None:  # fmt: skip
         """Set the hooks; `attach` is the way to make one."""
-        self.iteration = 0
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._document, self._folder, self._extra = document, folder, extra
         self._reductions, self._on_wire = reductions, on_wire
         self._full_state_every, self._wait_s, self._required = full_state_every, wait_s, required
         self._parse()
+        self._began = self.iteration = self.plan.first_step - 1
         self._form: RecordForm = self.plan.record_form
         record = self.plan.shard.step_record
         self._contributes = dist.get_rank() == record.contributor
@@ -284,8 +297,8 @@ class Attached:
             followed = self._folder.wait_for_shadow(self.plan, self._wait_s) if self._wait_s else False
         followed = _from_rank_0(followed)
         if not followed and self._wait_s:
-            self._wait_s = 0.0  # a job waits in vain once
-            self._complain(f"no shadow follows this job after {self._wait_s:g} seconds: flowcheck run PLAN --out DIR")
+            waited, self._wait_s = self._wait_s, 0.0  # a job waits in vain once
+            self._complain(f"no shadow follows this job after {waited:g} seconds: flowcheck run PLAN --out DIR")
         return followed
 
     def _complain(self, what: str) -> None:
@@ -314,7 +327,7 @@ class Attached:
                 continue
             if self._folder is not None:
                 passes = [step.document() for step in self._passes]
-                answer = self._folder.learned(self.plan.job.run_id, passes, _LEARNING_S)
+                answer = self._folder.learned(self.plan.job, passes, _LEARNING_S)
             answer = _from_rank_0(answer)
             if answer is None or "learned" in answer:
                 break
@@ -329,7 +342,7 @@ class Attached:
         shard = self._document["shards"][0]
         shard |= {name: learned[name] for name in ("layout", "connections", "startup")}
         if learned["before"]:
-            first = 0 if len(shard["revisions"]) == 1 or self.iteration == 0 else 1
+            first = 0 if len(shard["revisions"]) == 1 or self.iteration == self._began else 1
             known = [operation for operation in shard["revisions"][first]["before"] if operation["op"] == "all_reduce"]
             shard["revisions"][first]["before"] = known + learned["before"]
         self._document["complete"] = True
@@ -345,7 +358,8 @@ class Attached:
 
     def _on_module_forward(self, *_: object) -> None:
         """In the forward pass in which DDP has rebuilt its buckets, before anything is reduced in them: complete the plan."""
-        if self._rebuilt or not torch.is_grad_enabled() or (not self._reduced and not self.iteration):
+        untouched = not self._reduced and self.iteration == self._began
+        if self._rebuilt or not torch.is_grad_enabled() or untouched:
             return
         names = describe.rebuilt_buckets(self._model)
         if names is None:
@@ -355,18 +369,20 @@ class Attached:
         buckets = [describe.bucket(parameters, bucket, self._on_wire) for bucket in names]
         revisions, rebuild = self._document["shards"][0]["revisions"], describe.rebuild_operations(names)
         reduced = [(bucket["dtype"], bucket["elements"]) for bucket in revisions[0]["buckets"]]
-        if self.iteration == 0:
+        if self.iteration == self._began:
             if self._reductions == 1:
                 raise self._miscounted(2, 1)
-            # Gradients are accumulated without no_sync: the first reduction of iteration 1 was in the first buckets.
+            # Gradients are accumulated without no_sync: the first reduction of all was in the first buckets.
             before = [{"op": "all_reduce", "dtype": dtype, "elements": elements} for dtype, elements in reduced]
             revisions[0] |= {"before": before + rebuild, "reductions": self._reductions - 1, "buckets": buckets}
-            revisions.append({"from_iteration": 2, "reductions": self._reductions, "buckets": buckets})
+            later = {"from_iteration": self._began + 2, "reductions": self._reductions}
+            revisions.append({**later, "buckets": buckets})
             self._reduced = 0
         else:
             first = {"from_iteration": self.iteration + 1, "reductions": self._reductions}
             revisions.append({**first, "before": rebuild, "buckets": buckets})
-            reduced = [*reduced * self._reductions, ("float32", self._form.elements)] * self.iteration
+            iterations = self.iteration - self._began
+            reduced = [*reduced * self._reductions, ("float32", self._form.elements)] * iterations
         if self._document["shards"][0]["layout"]["source"] != "unlearned":
             self._document["complete"] = True
             self._publish()
@@ -411,7 +427,7 @@ class Attached:
             )
         self._hyperparameters = self._form.varying(self._optimizer.param_groups) if self._contributes else []
         self._digests = None
-        if audit.is_audited(iteration, self._every):
+        if audit.is_audited(iteration, self._every, self._began + 1):
             self._digests = audit.digests(self._groups, self._audited, self._optimizer)
 
     def _miscounted(self, found: int, expected: int) -> FlowCheckError:
@@ -533,13 +549,17 @@ class Attached:
         return torch.cat([content, torch.stack(sums)])
 
     def _state(self, iteration: int) -> dict[str, Any]:
-        """Return the whole state as it is now."""
-        in_model = set(self._model.module.state_dict())
+        """Return the whole state as it is now, that after an iteration: it can be resumed from."""
+        in_model, job = set(self._model.module.state_dict()), self.plan.job
+        from_before = job.resumed is not None and iteration == self._began
         return {
             "model": self._model.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "extra": {name: read().detach().clone() for name, read in self._extra.items() if name not in in_model},
             "iteration": iteration,
+            "run_id": job.run_id,
+            "attempt": job.resumed.attempt if from_before else job.attempt,
+            "latest_attempt": job.attempt,
         }
 
     def detach(self) -> None:

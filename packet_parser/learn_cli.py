@@ -10,12 +10,15 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flowcheck.options import Command, command_settings, debug_option
 from flowcheck.stage import tell_ready, wait_for, wait_option
+
+if TYPE_CHECKING:
+    from flowcheck.plan import Job
 
 __all__ = ["main"]
 
@@ -60,9 +63,10 @@ def main(plan: Path, ring_paths: tuple[Path, ...], patience_s: float) -> None:
             ends = [learner.add_ring(ring, begin) for ring, begin in zip(rings, taken, strict=True)]
             if ends != taken:
                 taken, heard = ends, time.monotonic()
-            asked = _asked(plan.parent / PASSES, job.job.run_id)
+            asked = _asked(plan.parent / PASSES, job.job)
             if len(asked) > answered and time.monotonic() - heard > _QUIET_S:
-                answer: dict[str, Any] = {"run_id": job.job.run_id, "passes": len(asked)}
+                whose = {"run_id": job.job.run_id, "attempt": job.job.attempt}
+                answer: dict[str, Any] = {**whose, "passes": len(asked)}
                 try:
                     answer["learned"] = asdict(learner.learn([Pass.of(document) for document in asked]))
                 except LearningError as error:
@@ -73,10 +77,10 @@ def main(plan: Path, ring_paths: tuple[Path, ...], patience_s: float) -> None:
             time.sleep(_LOOK_S)
 
 
-def _asked(path: Path, run_id: str) -> list[dict[str, Any]]:
-    """Return the passes that the trainers have reduced so far."""
+def _asked(path: Path, job: Job) -> list[dict[str, Any]]:
+    """Return the passes that the trainers of this very attempt have reduced so far."""
     try:
         found = json.loads(path.read_text())
-        return found["passes"] if found["run_id"] == run_id else []
+        return found["passes"] if (found["run_id"], found["attempt"]) == (job.run_id, job.attempt) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -6,6 +6,7 @@ What the messages are was read off a real job's wire by hand (5,000 float32 para
 edge 1; before iteration 2 two messages of 16 from rank 0. The first of each pair is a partial sum, the second final.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scapy.utils import RawPcapNgReader
 
+from data_extractor.extractor import Extractor
 from flowcheck import _atomics
 from flowcheck import plan as plans
 from flowcheck.formats import RING_HEADER
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
+from packet_parser.parser import Parser
 from tests import builders
 
 EXAMPLE = json.loads(re.search(r"```json\n(.*?)```", (Path(__file__).parents[1] / "docs/plan.md").read_text(), re.S)[1])
@@ -136,3 +140,23 @@ def drain(stages, slots, until=100_000):
         if stages[-1].finished:
             return decided
     raise AssertionError("the stages do not finish")
+
+
+def decided(folder, scratch):
+    """Take a recorded job's captures through parsers and an extractor; return its plan and what was decided, as `drain` does.
+
+    Rings and slots are left in `scratch`, a folder that is there.
+    """
+    plan = plans.load(folder / "plan.json")
+    rings, parsers = [], []
+    for stream in plan.shard.streams:
+        with contextlib.closing(RawPcapNgReader(str(folder / f"{stream.name}.pcapng"))) as reader:
+            rings.append(ring_of(scratch, plan, [bytes(frame) for frame, _ in reader], stream.name))
+        parsers.append(Parser(rings[-1], plan, stream.name))
+    slots = slots_of(scratch, plan)
+    extractor = Extractor(rings, plan, slots)
+    out = drain([*parsers, extractor], slots)
+    counters = extractor.counters()
+    for name in ("foreign", "malformed", "bad_icrc", "unsynchronised", "conflict", "late"):
+        assert counters[name] == 0, counters
+    return plan, out

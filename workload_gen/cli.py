@@ -126,7 +126,18 @@ _JOB = [
     click.option(
         "--resume",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Go on after the state in this torch file; only truth is written then.",
+        help="Go on after the state in this torch file, as a new attempt of its run.",
+    ),
+    click.option(
+        "--attempt",
+        type=click.IntRange(min=2),
+        help="Number of the attempt that --resume begins; default: one more than the newest that the state knows of.",
+    ),
+    click.option(
+        "--snapshot-iterations",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="For the plan: take a snapshot of the checkpoint directory every N iterations.",
     ),
 ]
 
@@ -175,6 +186,8 @@ def _usable(recording: Any) -> Any:
         recording.layout()
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
+    if recording.attempt and not recording.resume:
+        raise click.UsageError("--attempt goes with --resume: it numbers the attempt that goes on")
     return recording
 
 

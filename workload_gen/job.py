@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import flowcheck
+from flowcheck import attempts
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError
 from workload_gen import gpt
@@ -66,7 +67,11 @@ class Recording:
     startup: bool = True
     start_psn: int = 0
     seed: int = 1
+    #: Go on from this state as a new attempt of its run, with this number; none: the one after the newest that it knows of.
     resume: Path | None = None
+    attempt: int | None = None
+    #: For the plan: iterations between two snapshots of the checkpoint directory.
+    snapshot_iterations: int | None = None
     #: Hosts that carry the collectives; none: the ranks sum without a network.
     network: Network | None = None
     #: A whole state for every iteration in `truth`, or only its digest in `steps.jsonl`, or nothing.
@@ -106,6 +111,14 @@ class Recording:
         except ValueError as error:
             raise ConfigError(str(error).splitlines()[2].strip().removeprefix("Value error, ")) from error
 
+    def run_id(self) -> str:
+        """Return the name of a run that begins with this job."""
+        return f"{'trained' if self.hook else 'recorded'}-gpt-seed{self.seed}"
+
+    def checkpoints(self) -> dict[str, Any]:
+        """Return the plan's `checkpoints`."""
+        return {"snapshot_iterations": self.snapshot_iterations} if self.snapshot_iterations else {}
+
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
     """Write a file so that it is there whole or not at all."""
@@ -117,6 +130,9 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 
 class Job:
     """One rank's part: make -> resume -> run -> digest.
+
+    Attributes:
+        begin: the iteration that it goes on from; 0 unless it is resumed.
 
     Args:
         recording: what to train; rank 0 leaves its truth there.
@@ -135,7 +151,7 @@ class Job:
         form = {"fused": True} if recording.fused else {}
         self.optimizer = getattr(torch.optim, name)(self.model.parameters(), **options, **form)
         self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=recording.bucket_mb, process_group=group)
-        self._begin = 0
+        self.begin = 0
 
     def backward(self, iteration: int) -> None:
         """Do an iteration's forward and backward pass."""
@@ -143,9 +159,33 @@ class Job:
         torch.nn.functional.cross_entropy(self.ddp(inputs).flatten(0, 1), targets.flatten()).backward()
 
     def resume(self) -> None:
-        """Go on after the state that the recording names, if it does."""
-        if self.recording.resume:
-            self._begin = flowcheck.resume(self.ddp, self.optimizer, self.recording.resume, lambda: self.backward(1))
+        """Go on after the state that the recording names, if it does; ConfigError if it cannot.
+
+        A state that names no run, such as those of `truth`, is taken as one of this job's run, of the attempt before.
+        """
+        recording = self.recording
+        if not recording.resume:
+            return
+        self.begin = flowcheck.resume(self.ddp, self.optimizer, recording.resume, lambda: self.backward(1))
+        if self.begin >= recording.iterations:
+            raise ConfigError(
+                f"{recording.resume}: is the state after iteration {self.begin} of {recording.iterations}: nothing is left to train"
+            )
+        loaded = attempts.loaded(self.optimizer)
+        if loaded.run_id is None:
+            loaded.run_id = recording.run_id()
+            loaded.attempt = loaded.latest_attempt = max(1, (recording.attempt or 2) - 1)
+        if recording.attempt:
+            if recording.attempt <= loaded.attempt:
+                raise ConfigError(
+                    f"attempt {recording.attempt} cannot go on from attempt {loaded.attempt}, of which {recording.resume} is: expected "
+                    "a later one"
+                )
+            loaded.latest_attempt = recording.attempt - 1
+
+    def entry(self) -> dict[str, Any]:
+        """Return run id, attempt and, if it is resumed, its origin, as the plan has them; before the first step."""
+        return attempts.job_entry(self.optimizer, None) or {"run_id": self.recording.run_id(), "attempt": 1}
 
     def attach(self, wire: dict[str, Any] | Path, *, required: bool) -> flowcheck.training.Attached:
         """Have the job shadowed, its plan left in the recording's folder; `required`: or fail."""
@@ -155,15 +195,16 @@ class Job:
             self.optimizer,
             plan_url=recording.out,
             wire=wire,
-            run_id=f"trained-gpt-seed{recording.seed}",
+            run_id=self.entry()["run_id"],
             full_state_every=recording.full_state_every,
+            checkpoints=recording.checkpoints(),
             wait_s=recording.shadow_s,
             required=required,
         )
 
     def run(self, done: Callable[[int], None], before_step: Callable[[int], None] = lambda iteration: None) -> None:
         """Train; rank 0 notes every step, and calls `done` with its number. `before_step` has the reduced gradients."""
-        for iteration in range(self._begin + 1, self.recording.iterations + 1):
+        for iteration in range(self.begin + 1, self.recording.iterations + 1):
             self.optimizer.zero_grad(set_to_none=True)
             self.backward(iteration)
             before_step(iteration)
@@ -172,10 +213,14 @@ class Job:
                 self._note(iteration)
                 done(iteration)
 
+    def state(self, iteration: int) -> dict[str, Any]:
+        """Return the whole state as it is, that after an iteration."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "iteration": iteration}
+
     def _note(self, iteration: int) -> None:
         """Leave what this iteration's truth is."""
         recording, ended = self.recording, time.time_ns()
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "iteration": iteration}
+        state = self.state(iteration)
         if recording.steps:
             row = {"iteration": iteration, "ended_ns": ended}
             if recording.truth == "digests":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def train(recording: Recording, wire: Path, done: Callable[[int], None], backend
         if dist.get_rank() == 0:
             recording.out.mkdir(mode=0o700, parents=True, exist_ok=True)
             (recording.out / "truth").mkdir(mode=0o700, exist_ok=True)
-        job = Job(recording, dist.get_rank(), flowcheck.group(), device)
+        job = Job(replace(recording, hook=True), dist.get_rank(), flowcheck.group(), device)
         job.resume()
         with job.attach(wire, required=False):
             job.run(done)

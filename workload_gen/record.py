@@ -84,12 +84,16 @@ class _Rank:
         if self.tap:
             self.tap.recording = recording.startup
         job = Job(recording, self.rank, self._group)
+        if not recording.startup:
+            self._groups[0].operations.clear()  # the tap has counted none of them
         if self.tap:
             self.tap.recording = True
-        if self.rank == 0 and not recording.startup:
-            state = {"model": job.model.state_dict()}
-            write(recording.out / "initial.pt", lambda path: torch.save(state, path))
         job.resume()
+        if self.rank == 0 and self.links and not recording.hook and self._begins_from_file(job):
+            entry = job.entry()
+            whose = {"run_id": entry["run_id"], "attempt": entry.get("resumed", entry)["attempt"]}
+            state = job.state(job.begin) | whose
+            write(recording.out / "initial.pt", lambda path: torch.save(state, path))
         if recording.hook:
             with self._attach(job):
                 job.run(done)
@@ -101,18 +105,24 @@ class _Rank:
             self.tap.close()
         return job.digest()
 
+    def _begins_from_file(self, job: Job) -> bool:
+        """Whether the plan's initial state is not the one that the job has broadcast at start-up."""
+        return not self.recording.startup or "resumed" in job.entry()
+
     def _observer(self, job: Job) -> Callable[[int], None]:
         """Return what is called before each step of a job without the hook, and writes the plan from what it sees."""
         operations, seen = self._groups[0].operations, []
-        startup = list(operations) if self.recording.startup else None
+        startup, entry, from_file = list(operations), job.entry(), self._begins_from_file(job)
         operations.clear()
+        # What was resumed has its final buckets already.
+        last = min(job.begin + (2 if describe.rebuilt_buckets(job.ddp) is None else 1), self.recording.iterations)
 
         def observe(iteration: int) -> None:
-            if self.rank == 0 and self.links and iteration <= 2:
+            if self.rank == 0 and self.links and iteration <= last:
                 buckets = describe.rebuilt_buckets(job.ddp) or describe.first_buckets(job.ddp)
                 seen.append((list(operations), buckets))
-                if iteration == min(2, self.recording.iterations):
-                    self._write_plan(job, startup, seen)
+                if iteration == last:
+                    self._write_plan(job, entry, startup, from_file, seen)
             operations.clear()
 
         return observe
@@ -143,17 +153,21 @@ class _Rank:
             wire["startup"] = []  # the tap has counted nothing before this
         return job.attach(wire, required=True)
 
-    def _write_plan(self, job: Job, startup: Any, seen: Any) -> None:
+    def _write_plan(self, job: Job, entry: dict[str, Any], startup: Any, from_file: bool, seen: Any) -> None:
         recording = self.recording
         document = recorded_plan.document(
-            run_id=f"recorded-gpt-seed{recording.seed}",
+            job=entry,
             model=job.model,
             optimizer=job.optimizer,
             layout=self.layout,
             links={link: self._connections(link) for link in self.links},
             startup=startup,
+            from_file=from_file,
+            first=job.begin + 1,
             iterations=seen,
         )
+        if checkpoints := recording.checkpoints():
+            document["checkpoints"] = checkpoints
         plans.parse(json.dumps(document), "the recorded plan")
         write(recording.out / "plan.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
 
@@ -175,8 +189,8 @@ def _run_rank(recording: Recording, rank: int, links: tuple[int, ...], rendezvou
 def record(recording: Recording, progress: Callable[[int, int], None] | None = None) -> None:
     """Train, and write plan, captures and truth into `recording.out`, which must be new or empty.
 
-    With `resume` the job goes on after the iteration of a restored state; then only the truth is written, since a plan
-    counts its iterations from the start of the job.
+    With `resume` the job goes on after the iteration of a state, as a new attempt of its run. The step that
+    `flowcheck.resume` throws away is on the wire, too: the plan lists its collectives at start-up.
 
     Raises:
         ConfigError: the folder is not empty, the options contradict each other, or the state to resume from does not fit.
@@ -185,9 +199,7 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
     out = recording.out
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty; name a new folder")
-    links = (
-        () if recording.resume or recording.network else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
-    )
+    links = () if recording.network else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
     if any(not 0 <= link < recording.ranks for link in links):
         raise ConfigError(
             f"links {list(links)}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}"

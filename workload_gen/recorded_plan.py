@@ -68,48 +68,52 @@ def network(layout: Layout, links: dict[int, list[Connection]], streams: list[di
 
 def document(
     *,
-    run_id: str,
+    job: dict[str, Any],
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     layout: Layout,
     links: dict[int, list[Connection]],
-    startup: list[Operation] | None,
+    startup: list[Operation],
+    from_file: bool,
+    first: int,
     iterations: list[tuple[list[Operation], list[list[str]]]],
 ) -> dict[str, Any]:
     """Return the plan's JSON document.
 
     Args:
-        run_id: of the job.
+        job: run id, attempt and origin, as the plan's `job` has them.
         model: that was trained, not wrapped; all its parameters of one dtype.
         optimizer: the trainer's.
         layout: the library's.
         links: the connections of each mirrored link, fresh: as they were before the first packet.
-        startup: what came before the first iteration; None if nobody saw it: the initial state is then `initial.pt`.
+        startup: what came before the first iteration, as far as anybody saw it.
+        from_file: the initial state is `initial.pt`, else what was broadcast in `startup`.
+        first: the attempt's first iteration.
         iterations: per revision, the operations of its first iteration and the names in its buckets.
     """
     parameters = dict(model.named_parameters())
     dtype = describe.dtype_name(next(model.parameters()).dtype)
     # DDP first compares the parameters' number and sizes, then broadcasts their values.
-    carriers = [op for op in startup or [] if op.op == "broadcast" and describe.dtype_name(op.dtype) == dtype]
+    carriers = [op for op in startup if op.op == "broadcast" and describe.dtype_name(op.dtype) == dtype]
     return {
         "format": "flowcheck-plan",
         "version": 1,
-        "job": {"run_id": run_id, "attempt": 1, "world_size": len(layout.ring)},
+        "job": {**job, "world_size": len(layout.ring)},
         "shards": [
             {
                 "name": "model",
-                "startup": [_collective(op, op in carriers) for op in startup or []],
+                "startup": [_collective(op, op in carriers and not from_file) for op in startup],
                 "revisions": [
-                    _revision(number + 1, operations, buckets, parameters)
-                    for number, (operations, buckets) in enumerate(iterations)
+                    _revision(number, operations, buckets, parameters)
+                    for number, (operations, buckets) in enumerate(iterations, first)
                 ],
                 **network(layout, links, [{"name": f"link-{link}", "links": [link]} for link in links]),
             }
         ],
         "state": describe.state_entries(model),
-        "initial_state": {"source": "broadcast", "tensors": list(parameters)}
-        if startup
-        else {"source": "file", "path": "initial.pt"},
+        "initial_state": {"source": "file", "path": "initial.pt"}
+        if from_file
+        else {"source": "broadcast", "tensors": list(parameters)},
         "optimizer": describe.optimizer_entry(optimizer, {id(p): name for name, p in parameters.items()}),
         "arithmetic": describe.arithmetic("cpu"),
     }

@@ -133,6 +133,19 @@ def test_buckets_begin_on_cache_lines_and_ranges_come_back_flat():
     assert plan.flat_ranges(1, [(24, 64)]) == []
 
 
+def test_an_attempt_that_goes_on_takes_no_state_from_the_wire():
+    document = copy.deepcopy(EXAMPLE)
+    for key in ("state", "initial_state", "optimizer", "arithmetic"):
+        del document[key]
+    document["job"] |= {"attempt": 2, "resumed": {"attempt": 1, "iteration": 40}}
+    for number, revision in enumerate(document["shards"][0]["revisions"]):
+        revision["from_iteration"] = 41 + number
+    with pytest.raises(ConfigError, match="carries the initial state"):
+        plans.parse(json.dumps(document))
+    del document["shards"][0]["startup"][-1]["carries"]
+    assert plans.parse(json.dumps(document)).first_iteration == 41
+
+
 def test_identity_tells_runs_apart():
     one = plans.parse(json.dumps(EXAMPLE))
     two = plans.parse(changed(("job", "run_id"), "another"))

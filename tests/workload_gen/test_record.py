@@ -116,7 +116,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path, ranks, 
         write_torch(restore_state(tmp_path / "checkpoints", 3), at := tmp_path / "restored.pt")
     rest = recorded(tmp_path / "rest", **options, resume=at)
     assert same(truth(rest, 7), truth(whole, 7)) == []
-    assert not (rest / "plan.json").exists() and not list(rest.glob("*.pcapng"))
+    job = json.loads((rest / "plan.json").read_text())["job"]
+    assert (job["attempt"], job["resumed"]) == (2, {"attempt": 1, "iteration": 3})
 
 
 def test_resuming_with_other_buckets_is_refused(tmp_path):
@@ -156,7 +157,7 @@ def test_options_that_cannot_be_are_refused(tmp_path):
     for words, status in (
         (["--nccl", "2.31"], 2), (["--protocol", "tree"], 2), (["--mtu", "1500"], 2), (["--links", "x"], 2),
         (["--links", "0,2"], 3), (["--qps", "9"], 2), (["--nccl", "2.17", "--no-split-qps"], 2),
-        (["--resume", str(tmp_path / "none")], 3),
+        (["--resume", str(tmp_path / "none")], 3), (["--attempt", "2"], 2), (["--snapshot-iterations", "0"], 2),
     ):  # fmt: skip
         done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
         assert done.returncode == status, (words, done.stderr)
