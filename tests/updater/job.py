@@ -51,10 +51,13 @@ class Job:
 
 
 class Slots:
-    """Slots of a job: what lies below `settled_next` the network has brought, below `consumed_next` the updater given back."""
+    """Slots of a job: what lies below `settled_next` the network has brought, below `consumed_next` the updater given back.
+
+    What was given back is written over at once, as the network may do.
+    """
 
     def __init__(self, job, first):
-        self._job, self._consumed_next = job, first
+        self._job, self._consumed_next, self._lent = job, first, {}
         self.settled_next, self.ended = first, 0
         self.given_back = lambda consumed_next: None  # called when the updater gives a slot back
 
@@ -65,11 +68,15 @@ class Slots:
     @consumed_next.setter
     def consumed_next(self, value):
         self._consumed_next = value
+        for iteration in [lent for lent in self._lent if lent < value]:
+            self._lent.pop(iteration)[:] = 0xA5
         self.given_back(value)
 
     def gradient(self, iteration):
         assert self.consumed_next <= iteration < self.settled_next, "a slot that is not the updater's"
-        return self._job.slots[iteration].copy()
+        if iteration not in self._lent:
+            self._lent[iteration] = self._job.slots[iteration].copy()
+        return self._lent[iteration]
 
     def slot(self, iteration):
         record = np.zeros((), SLOT)
