@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 CODE = (
@@ -30,3 +31,19 @@ def test_every_stage_has_a_figure_and_a_yardstick(tmp_path):
         assert {"name", "value", "unit", "yardstick", "yardstick_value", "ratio", "runs", "spread"} <= set(row)
         assert row["value"] > 0 and row["yardstick_value"] > 0 and row["runs"] == 2
         assert row["name"] in done.stdout
+
+
+def test_compression_is_measured_on_gradients_that_are_given(tmp_path):
+    script = Path(__file__).parents[1] / "bench" / "log_compression.py"
+    np.save(tmp_path / "g.npy", np.random.default_rng(1).normal(0, 0.01, 300_001).astype(np.float32))
+    words = [tmp_path / "g.npy", "--disk", tmp_path, "--json", "--turns", "10"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["g.npy"]
+    assert found["bytes"] == 1_200_004 and found["disk"] > 0 and len(found["shares"]) == 1
+    ours = next(row for row in found["rows"] if row["way"] == "updater.compression")
+    assert ours["ratio"] > 1.05 and ours["pack"] > 0 and ours["unpack"] > 0
+    assert os.listdir(tmp_path) == ["g.npy"]
+    words[-1] = "9"
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2 and "fewer than 10" in done.stderr
