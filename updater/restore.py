@@ -54,7 +54,10 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         [parameter.name for parameter in bucket.parameters] for bucket in directory.plan.revision(wanted + 1).buckets
     ]
     if state.iteration == wanted:
-        return replace(state, buckets=buckets)
+        # HDF5 lists keys by the alphabet; a restored state has the plan's order, which is the model's own.
+        order = {entry.key: number for number, entry in enumerate(directory.plan.state)}
+        ordered = dict(sorted(state.model.items(), key=lambda item: order.get(item[0], len(order))))
+        return replace(state, model=ordered, buckets=buckets)
     model = ModelState(directory.plan)
     model.load_state(state, str(path))
     for reached in replay(directory.plan, model, directory.entries.values(), state.iteration):

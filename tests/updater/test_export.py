@@ -25,6 +25,7 @@ from tests.updater.states import FOLDERS, READERS, different, read_torch, state,
 from updater import export as exports
 from updater.diff import diff
 from updater.export import FORMATS, export
+from updater.restore import restore_state
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
@@ -246,3 +247,13 @@ def test_the_command_restores_the_trainers_state(form, directory, tmp_path):
             again = CliRunner().invoke(main, list(map(str, command)))
             assert again.exit_code == 3 and "is there already" in again.stderr
             out.rename(tmp_path / f"state-{iteration}")
+
+
+@pytest.mark.dpdk
+def test_a_restored_model_has_the_models_order(directory):
+    """Of tied keys the first names the tensor, so a snapshot's order, HDF5's alphabet, would not do."""
+    folder, checkpoints = directory
+    keys = list(torch.load(folder / "truth" / "iteration-000001.pt", weights_only=True)["model"])
+    assert keys != sorted(keys)
+    for iteration in (0, 1, 4):
+        assert list(restore_state(checkpoints, iteration).model) == keys
