@@ -160,10 +160,16 @@ def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> 
     "--format",
     "form",
     required=True,
-    type=click.Choice(["torch", "hdf5"]),
-    help="torch: loadable with weights_only=True.",
+    type=click.Choice(["torch", "safetensors", "dcp", "hdf5", "huggingface"]),
+    help="torch: loads with weights_only=True. safetensors: the model, and the optimizer in a second file beside it. dcp: "
+    "a folder of torch.distributed.checkpoint. hdf5: as snapshots are. huggingface: a folder as its Trainer leaves one.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The file to write, in place of any of that name; dcp and huggingface: the folder to make.",
+)
 @debug_option
 def restore(directory: Path, iteration: int | None, attempt: int | None, form: str, out: Path) -> None:
     """Write a checkpoint of the latest or any other committed iteration.
@@ -172,10 +178,12 @@ def restore(directory: Path, iteration: int | None, attempt: int | None, form: s
     Example:
       flowcheck restore checkpoints --iteration 12 --format torch --out state.pt
     """
-    from updater.restore import restore_state, write_hdf5, write_torch
+    from updater.export import check_target, export
+    from updater.restore import restore_state
 
+    check_target(form, out)
     state = restore_state(directory, iteration, attempt)
-    {"torch": write_torch, "hdf5": write_hdf5}[form](state, out)
+    export(state, form, out)
     click.echo(f"iteration {state.iteration} restored to {out}", err=True)
 
 
@@ -208,7 +216,11 @@ def verify(directory: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def diff(first: str, second: str, as_json: bool) -> None:
-    """Compare two checkpoints tensor by tensor, bit by bit; A and B are DIR@N or a torch file. Unequal: status 6."""
+    """Compare two checkpoints tensor by tensor, bit by bit; A and B are DIR@N, a torch or a safetensors file.
+
+    Optimizers are compared where both have one; that of a safetensors file lies in a second file beside it. Unequal:
+    status 6.
+    """
     from updater.diff import diff as compare
 
     report = compare(first, second)

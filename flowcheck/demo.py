@@ -137,8 +137,9 @@ def demo(directory: Path | None, transport: str, progress: Progress) -> dict[str
         DeviceError: the network cannot be built here.
         FlowCheckError: a part of it failed.
     """
+    from updater.export import export
     from updater.listing import listing
-    from updater.restore import restore_state, write_torch
+    from updater.restore import restore_state
     from workload_gen.fabric import Fabric
     from workload_gen.switch import Switch
 
@@ -173,7 +174,7 @@ def demo(directory: Path | None, transport: str, progress: Progress) -> dict[str
             truth = {row["iteration"]: row["digest"] for row in [*whole.steps(), *steps]}
             exact = _compare(checkpoints, truth, progress)
             state = restore_state(checkpoints)
-            write_torch(state, folder / "restored.pt")
+            export(state, "torch", folder / "restored.pt")
             same = True
             if state.iteration < ITERATIONS:
                 resumed = _Job(network, folder / "resumed", "--resume", str(folder / "restored.pt"), "--shadow", "0")

@@ -67,7 +67,8 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
     """
     from flowcheck.replay import replay
     from updater.diff import diff
-    from updater.restore import restore_state, write_torch
+    from updater.export import export
+    from updater.restore import restore_state
     from workload_gen.pcapng import trim
 
     folder = Path(directory or tempfile.mkdtemp(prefix="flowcheck-demo-"))
@@ -106,7 +107,7 @@ def demo(directory: Path | None, progress: Progress) -> dict[str, Any]:
         progress("comparing every iteration", number, len(committed))
     last = committed[-1]
     state = folder / "restored.pt"
-    write_torch(restore_state(checkpoints, last), state)
+    export(restore_state(checkpoints, last), "torch", state)
 
     same = True
     if last < ITERATIONS:

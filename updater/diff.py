@@ -12,6 +12,7 @@ import torch
 
 from flowcheck.errors import CheckpointError, ConfigError
 from updater.restore import restore_state
+from updater.safetensors_file import is_safetensors, read_safetensors
 from updater.state_difference import differences, flatten
 
 __all__ = ["diff"]
@@ -23,8 +24,8 @@ def diff(a: str, b: str) -> dict:
     """Return the document of `diff --json`.
 
     Args:
-        a: `DIR@N`, a checkpoint directory (its latest state), or a torch file: a dictionary with "model", or a
-            plain state_dict.
+        a: `DIR@N`, a checkpoint directory (its latest state), a safetensors file (with the optimizer's beside it, if it
+            is there), or a torch file: a dictionary with "model", or a plain state_dict.
         b: likewise. Optimizers are compared where both have one.
 
     Raises:
@@ -49,7 +50,9 @@ def _load(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         state = restore_state(match[1], int(match[2]))
         return state.model, state.optimizer
     if not path.is_file():
-        raise ConfigError(f"{name}: no such checkpoint; expected DIR@N or a torch file")
+        raise ConfigError(f"{name}: no such checkpoint; expected DIR@N, a torch or a safetensors file")
+    if is_safetensors(path):
+        return read_safetensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

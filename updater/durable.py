@@ -95,6 +95,10 @@ class Disk:
         """Remove a file."""
         os.unlink(path)
 
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path)
+
     def sync_folder(self, path: Path) -> None:
         """Make the names in a folder durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,27 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Restoring a training state from snapshot and log, and writing it for the user's stack."""
+"""Restoring a training state from snapshot and log."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowcheck.errors import RestoreError
 from updater import arithmetic
 from updater.directory import Directory
-from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
+from updater.export import document
 from updater.model_state import ModelState
 from updater.shadow import load_snapshot, replay
-from updater.snapshot import State, write_state
+from updater.snapshot import State
 
-__all__ = ["FORMATS", "restore", "restore_state", "states_after", "write_hdf5", "write_torch"]
-
-FORMATS = ("torch", "hdf5")
+__all__ = ["restore", "restore_state", "states_after"]
 
 
 def restore_state(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> State:
@@ -59,7 +54,10 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
         [parameter.name for parameter in bucket.parameters] for bucket in directory.plan.revision(wanted + 1).buckets
     ]
     if state.iteration == wanted:
-        return replace(state, buckets=buckets)
+        # HDF5 lists keys by the alphabet; a restored state has the plan's order, which is the model's own.
+        order = {entry.key: number for number, entry in enumerate(directory.plan.state)}
+        ordered = dict(sorted(state.model.items(), key=lambda item: order.get(item[0], len(order))))
+        return replace(state, model=ordered, buckets=buckets)
     model = ModelState(directory.plan)
     model.load_state(state, str(path))
     for reached in replay(directory.plan, model, directory.entries.values(), state.iteration):
@@ -102,47 +100,4 @@ def restore(path: str | Path, iteration: int | None = None, attempt: int | None 
     `buckets` are the names of the parameters in each bucket of the next iteration. `model` and `optimizer` are what
     torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
     """
-    return _document(restore_state(path, iteration, attempt))
-
-
-def _document(state: State) -> dict[str, Any]:
-    plain: dict[int, torch.Tensor] = {}
-    model = {key: plain.setdefault(id(tensor), tensor.detach()) for key, tensor in state.model.items()}
-    return {
-        "model": model,
-        "optimizer": state.optimizer,
-        "extra": state.extra,
-        "iteration": state.iteration,
-        "run_id": state.run_id,
-        "attempt": state.attempt,
-        "bit_exact": state.bit_exact,
-        "buckets": state.buckets,
-    }
-
-
-def write_torch(state: State, path: str | Path) -> None:
-    """Publish a state as a torch file that loads with `weights_only=True`; replaces a file of that path."""
-    path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with io_errors("write", path):
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                try:
-                    torch.save(_document(state), file)
-                except RuntimeError as error:
-                    # torch's way to say that the file took no more
-                    raise (
-                        error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
-                    ) from error
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_hdf5(state: State, path: str | Path) -> None:
-    """Publish a state as an HDF5 file, as snapshots are (docs/checkpoints.md); replaces a file of that path."""
-    write_state(Path(path), state)
+    return document(restore_state(path, iteration, attempt))

@@ -16,7 +16,8 @@ from scapy.utils import PcapNgReader
 
 from flowcheck.errors import FlowCheckError
 from tests.pipeline.recordings import check, recorded, same, shadowed
-from updater.restore import restore_state, write_torch
+from updater.export import export
+from updater.restore import restore_state
 from workload_gen import gpt
 from workload_gen.record import Recording, record
 
@@ -113,7 +114,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path, ranks, 
         shadowed(whole, tmp_path / "checkpoints")
         at = f"{tmp_path / 'checkpoints'}@3"
     if source == "file":
-        write_torch(restore_state(tmp_path / "checkpoints", 3), at := tmp_path / "restored.pt")
+        export(restore_state(tmp_path / "checkpoints", 3), "torch", at := tmp_path / "restored.pt")
     rest = recorded(tmp_path / "rest", **options, resume=at)
     assert same(truth(rest, 7), truth(whole, 7)) == []
     job = json.loads((rest / "plan.json").read_text())["job"]
