@@ -254,7 +254,7 @@ def updates(results: Results, folder: Path) -> None:
     gradient = slot[: 4 * ELEMENTS]
     raw, logged, stored = [], [], []
     (folder / "log").mkdir()
-    writer = LogWriter(folder / "log", plan.identity(), closed=set())
+    writer = LogWriter(folder / "log", plan.identity(), 0)
     snapshot = State("bench", 1, 1, True, arithmetic.current().model_dump(), state.model, state.optimizer.state_dict())
     size = sum(tensor.nbytes for _, tensor in snapshot.tensors())
 
@@ -266,7 +266,7 @@ def updates(results: Results, folder: Path) -> None:
 
     for iteration in range(1, RUNS + 1):
         raw.append(seconds(write_raw))
-        logged.append(seconds(lambda i=iteration: writer.append(GRADIENT, 1, i, 0, [gradient])))
+        logged.append(seconds(lambda i=iteration: (writer.append(GRADIENT, 1, i, 0, [gradient]), writer.commit())))
         stored.append(seconds(lambda: write_state(folder / "snapshot.h5", snapshot)))
     writer.close()
     results.add("log", "bytes/s", gradient.nbytes, logged, "write + fdatasync", gradient.nbytes, raw)

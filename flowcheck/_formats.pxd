@@ -147,6 +147,8 @@ cdef struct fc_slots_header:
     uint64_t pad_consumed[7]
     uint64_t ended              # at 320, the extractor's: 1 once no iteration follows settled_next
     uint64_t pad_ended[7]
+    uint64_t volatile_from      # at 384, the updater's: first iteration given back and not durable, 0 if all are
+    uint64_t pad_volatile[7]
 
 # States of a slot.
 cdef enum:

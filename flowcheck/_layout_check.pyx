@@ -45,6 +45,7 @@ def layout() -> dict:
             "settled_next": <char *> &slots.settled_next - <char *> &slots,
             "consumed_next": <char *> &slots.consumed_next - <char *> &slots,
             "ended": <char *> &slots.ended - <char *> &slots,
+            "volatile_from": <char *> &slots.volatile_from - <char *> &slots,
         }),
         "SLOT": (sizeof(fc_slot), {
             "state": <char *> &slot.state - <char *> &slot,

@@ -135,10 +135,11 @@ def list_command(directory: Path, require_complete: bool, as_json: bool) -> None
 @main.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--iteration", required=True, type=click.IntRange(min=1), help="Which iteration.")
+@click.option("--attempt", type=click.IntRange(min=1), help="Of which attempt; the latest if not given.")
 @click.option("--bucket", type=click.IntRange(min=0), help="Only this bucket, from 0.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .npy file to write.")
 @debug_option
-def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> None:
+def gradient(directory: Path, iteration: int, attempt: int | None, bucket: int | None, out: Path) -> None:
     """Write one iteration's reduced gradient, flat, in bucket order and wire dtype (bfloat16 as uint16)."""
     import io
 
@@ -148,7 +149,7 @@ def gradient(directory: Path, iteration: int, bucket: int | None, out: Path) -> 
     from updater.gradient import read_gradient
 
     content = io.BytesIO()
-    np.save(content, read_gradient(directory, iteration, bucket), allow_pickle=False)
+    np.save(content, read_gradient(directory, iteration, bucket, attempt), allow_pickle=False)
     write_published(out, content.getvalue())
 
 
@@ -302,6 +303,53 @@ def rebase(directory: Path, state: Path) -> None:
         return
     iteration, reached = base.rebase(directory, state)
     click.echo(f"base at iteration {iteration}, committed to iteration {reached}", err=True)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--last-iterations", type=click.IntRange(min=1), help="Keep the newest so many iterations.")
+@click.option("--every-snapshot", type=click.IntRange(min=1), help="Keep every n-th snapshot.")
+@click.option("--most-bytes", type=click.IntRange(min=1), help="Keep so many bytes at most; the oldest go first.")
+@click.option("--most-waiting-bytes", type=click.IntRange(min=1), help="Of iterations that wait for a base.")
+@json_option
+@debug_option
+def prune(directory: Path, dry_run: bool, as_json: bool, **rules: int | None) -> None:
+    """Remove what no rule keeps: the rules of the job's plan, or those given here in their place.
+
+    The newest snapshot that verifies and what was committed after it always stay, and so does what is pinned. A live run
+    does this by itself after each snapshot.
+
+    \b
+    Example:
+      flowcheck prune checkpoints --last-iterations 1000 --every-snapshot 10 --dry-run
+    """
+    from updater.retention import prune_directory
+
+    report = prune_directory(
+        directory, {name: value for name, value in rules.items() if value is not None}, dry_run=dry_run
+    )
+    if as_json:
+        print_json(report)
+        return
+    for row in report["removed"]:
+        click.echo(f"{row['file']} {row['bytes']}")
+    what = "would be removed" if dry_run else "removed"
+    click.echo(f"{len(report['removed'])} files, {report['bytes']} bytes {what}; {report['left_bytes']} bytes stay")
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("iteration", type=click.IntRange(min=0))
+@click.option("--attempt", type=click.IntRange(min=1), help="Of which attempt; the latest if not given.")
+@click.option("--remove", is_flag=True, help="Keep it no longer.")
+@debug_option
+def pin(directory: Path, iteration: int, attempt: int | None, remove: bool) -> None:
+    """Have retention keep what an iteration is restored from, whatever the rules; not while a run writes to DIR."""
+    from updater.retention import pin as keep
+
+    found = keep(directory, iteration, attempt, remove=remove)
+    click.echo(f"iteration {iteration} of attempt {found} is {'not ' if remove else ''}pinned", err=True)
 
 
 @main.command()

@@ -103,7 +103,7 @@ def _most_behind(out: Path, steps: list[dict[str, Any]]) -> int:
     """Return how many iterations were not yet in the log when a step ended, at most."""
     from updater.directory import Directory
 
-    logged = {i: entry.header.time_ns for i, (entry, _) in Directory(out).entries.items()}
+    logged = {row.number: row.entry.header.time_ns for row in Directory(out).iterations if row.entry}
     behind = 0
     for row in steps:
         now, last = row["ended_ns"], row["iteration"]
@@ -117,7 +117,7 @@ def _compare(out: Path, truth: dict[int, str], progress: Progress) -> bool:
     from updater.restore import states_after
     from workload_gen.truth import digest
 
-    committed = sum(state == "committed" for _, state in Directory(out).entries.values())
+    committed = sum(row.state == "committed" for row in Directory(out).iterations)
     equal = True
     for number, (iteration, state) in enumerate(states_after(out), 1):
         equal = digest(state) == truth.get(iteration) and equal

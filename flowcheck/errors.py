@@ -9,6 +9,7 @@
     │   ├── RingFormatError    5    ... a packet ring
     │   ├── SlotFormatError    5    ... a slot file
     │   └── CheckpointError    5    ... a log, snapshot or manifest of a checkpoint directory
+    ├── DiskError              1  the operating system refused to write, sync or read a file of a checkpoint directory
     ├── LearningError          1  what was seen does not show the layout of every all-reduce
     ├── RestoreError           1  the iteration asked for cannot be restored
     └── DifferenceError        6  a comparison found a difference
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "DifferenceError",
+    "DiskError",
     "FlowCheckError",
     "FormatError",
     "LearningError",
@@ -79,6 +81,10 @@ class SlotFormatError(FormatError):
 
 class CheckpointError(FormatError):
     """A file of a checkpoint directory fails its checksum or cannot be understood."""
+
+
+class DiskError(FlowCheckError):
+    """The operating system refused a file operation: the disk is full, or broken, or may not be written."""
 
 
 class LearningError(FlowCheckError):

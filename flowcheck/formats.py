@@ -144,6 +144,8 @@ SLOTS_HEADER = np.dtype(
         ("pad_consumed", "<u8", 7),
         ("ended", "<u8"),
         ("pad_ended", "<u8", 7),
+        ("volatile_from", "<u8"),
+        ("pad_volatile", "<u8", 7),
     ]
 )
 

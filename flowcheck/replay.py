@@ -102,7 +102,9 @@ def replay(
         slots = stack.enter_context(SlotFile.for_plan(scratch / "slots", plan))
         extractor = stack.enter_context(contextlib.closing(Extractor(rings, plan, slots, engine)))
         updater = stack.enter_context(
-            contextlib.closing(Updater(plan, slots, Path(out), plan_folder=Path(plan_path).parent, engine=engine))
+            contextlib.closing(
+                Updater(plan, slots, Path(out), plan_folder=Path(plan_path).parent, engine=engine, live=False)
+            )
         )
         _run([*dumps, *parsers, extractor, updater], lambda: sum(ring.written for ring in rings), total, progress)
         packets = extractor.counters()

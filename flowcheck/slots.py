@@ -189,6 +189,15 @@ class SlotFile:
         """Whether no iteration follows `settled_next`."""
         return bool(_atomics.load(self.memory, SLOTS_HEADER.fields["ended"][1]))
 
+    @property
+    def volatile_from(self) -> int:
+        """The first iteration that was given back and is not durable; 0 while everything is."""
+        return _atomics.load(self.memory, SLOTS_HEADER.fields["volatile_from"][1])
+
+    @volatile_from.setter
+    def volatile_from(self, value: int) -> None:
+        _atomics.store(self.memory, SLOTS_HEADER.fields["volatile_from"][1], value)
+
     def close(self) -> None:
         """Give the mapping up; views handed out keep it until they go."""
         mapped.unmap(self.memory)

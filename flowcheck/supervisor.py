@@ -163,6 +163,7 @@ class Supervisor:
     _stopping: bool = False
     _complained: set[str] = field(default_factory=set)
     _alarms: int = 0
+    _volatile: bool = False
 
     def run(self) -> dict[str, Any]:
         """Run until SIGINT or SIGTERM, then until everything captured is drained; return the last status.
@@ -335,6 +336,14 @@ class Supervisor:
                 f"{', '.join(alarm['tensors'])}"
             )
         self._alarms = len(document["alarms"])
+        if bool(document["volatile"]) != self._volatile:
+            self._volatile = bool(document["volatile"])
+            if self._volatile:
+                self.say(
+                    f"VOLATILE: {self.out} takes nothing; from iteration {document['volatile'][0]} on states are held in memory alone"
+                )
+            else:
+                self.say("everything is durable again, behind a new snapshot")
         for stream in document["streams"]:
             if stream["state"] not in ("foreign", "unsynchronised") or stream["name"] in self._complained:
                 continue
@@ -413,7 +422,7 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
             with contextlib.suppress(OSError, FlowCheckError):
                 rings.append(stack.enter_context(PacketRing.open(scratch / f"{stream.name}.ring", plan.identity())))
         packets = packet_counters(rings)
-        streams, counts, highest = [], {}, 0
+        streams, counts, highest, volatile = [], {}, 0, None
         for ring in rings:
             state, highest_here = _stream_status(ring, plan.silence_ms)
             highest = max(highest, highest_here)
@@ -423,19 +432,22 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, FlowCheckError):
             with SlotFile.open(scratch / "slots", plan.identity()) as slots:
                 counts["update"] = slots.consumed_next - plan.first_iteration
+                if slots.volatile_from:
+                    volatile = [slots.volatile_from, slots.consumed_next - 1]
     last, incomplete, audited_to, alarms = 0, 0, None, []
     with contextlib.suppress(FlowCheckError, OSError):  # the updater has not begun it yet
         directory = Directory(out)
         audited_to, alarms = directory.audits
-        for iteration, (_, state) in directory.entries.items():
-            last = iteration if state in ("committed", "whole") else last
-            incomplete += state == "incomplete"
+        for row in directory.iterations:
+            last = row.number if row.state in ("committed", "whole") else last
+            incomplete += row.state == "incomplete"
     return {
         "run_id": plan.job.run_id,
         "last_committed": last,
         # What precedes the attempt's first iteration is no work of its own, whatever the directory has of it.
         "lag": max(0, highest - max(last, plan.first_step - 1)),
         "incomplete": incomplete,
+        "volatile": volatile,
         "audited_to": audited_to,
         "alarms": alarms,
         "stages": [],

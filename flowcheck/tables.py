@@ -72,10 +72,11 @@ def print_iterations(report: dict[str, Any]) -> None:
     """Print the document of `list` or `replay`."""
     console = _console()
     table = Table(title=f"run {report['run_id']}, attempt {report['attempt']}")
-    for name in ("iteration", "state", "bytes", "placed", "missing bytes", "reason"):
+    for name in ("attempt", "iteration", "state", "bytes", "placed", "missing bytes", "reason"):
         table.add_column(name, justify="right" if name in ("iteration", "bytes", "placed") else "left")
     for row in report["iterations"]:
         cells = (
+            row["attempt"],
             row["iteration"],
             row["state"],
             row["bytes"],
@@ -150,6 +151,11 @@ def print_verification(report: dict[str, Any]) -> None:
     for problem in report["problems"]:
         console.print(f"{problem['file']}: {problem['what']}")
     state = "everything agrees" if report["ok"] else "NOT ALL IS WELL"
+    if report["offered"]:
+        offered = report["offered"]
+        console.print(
+            f"newest state without these files: flowcheck restore DIR --iteration {offered['iteration']} --attempt {offered['attempt']}"
+        )
     console.print(
         f"{state}: {report['files']} files, {report['bytes']} bytes, proved to iteration {report['proved_to']}"
     )
@@ -193,8 +199,9 @@ def _status_line(report: dict[str, Any]) -> str:
     packets = report["packets"]
     lost = packets["dropped_ring_full"] + packets["missed_by_port"]
     down = [row["name"] for row in report["stages"] if row["pid"] is None]
+    volatile = f"VOLATILE from {report['volatile'][0]} on, " if report["volatile"] else ""
     return (
-        f"committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, "
+        f"{volatile}committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, "
         f"received {packets['received']}, lost {lost}, streams "
         + ", ".join(f"{row['name']} {row['state']}" for row in report["streams"])
         + (f", not running: {', '.join(down)}" if down else "")

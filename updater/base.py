@@ -7,7 +7,7 @@ occasional save is one. What the log holds of later iterations is then stepped f
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass
@@ -66,6 +66,13 @@ def _check(path: Path, found: Any) -> None:
         raise ConfigError(f"{path}: 'model' and 'optimizer' are not what state_dict() gives")
 
 
+class _NoSlots:
+    """Slots of a job that is over: they bring nothing."""
+
+    settled_next = consumed_next = volatile_from = 0
+    ended = 1
+
+
 def rebase(folder: Path, path: Path) -> tuple[int, int]:
     """Take a full state as the new base of a checkpoint directory that nobody writes; return (base, committed up to).
 
@@ -74,40 +81,29 @@ def rebase(folder: Path, path: Path) -> tuple[int, int]:
         CheckpointError: directory or state are corrupt.
         DifferenceError: that iteration is committed already, and with other bits.
     """
-    from flowcheck._copy import CopyEngine
-
     from updater.directory import Directory
-    from updater.durable import lock_directory
-    from updater.log_reader import read_index
-    from updater.manifest import LOG_FOLDER
     from updater.restore import restore_state
-    from updater.shadow import Shadow
     from updater.state_difference import differences
+    from updater.updater import Updater
 
     directory = Directory(folder)
-    lock = lock_directory(folder)
-    try:
-        if not directory.manifest.has_model:
-            raise ConfigError(f"{folder}: its plan has no model, so there is no state to go on from")
-        base = load_base(path, directory.plan)
-        if base.iteration in directory.restorable:
-            ours = restore_state(folder, base.iteration)
-            found = differences((ours.model, ours.optimizer), (base.state.model, base.state.optimizer.state_dict()))
-            if found:
-                raise DifferenceError(
-                    f"{folder}: iteration {base.iteration} is committed with other bits than {path} has, first in "
-                    f"{found[0]['name']!r}; verify both"
-                )
-        log = folder / LOG_FOLDER
-        identity = directory.manifest.identity
-        shadow = Shadow(directory.plan, directory.manifest, read_index(log, identity), CopyEngine())
-        shadow.rebase(base)
-        for _ in shadow.catch_up(read_index(log, identity)):
+    directory.require_whole()
+    if not directory.manifest.has_model:
+        raise ConfigError(f"{folder}: its plan has no model, so there is no state to go on from")
+    base = load_base(path, directory.plan)
+    if base.iteration in directory.restorable():
+        ours = restore_state(folder, base.iteration)
+        found = differences((ours.model, ours.optimizer), (base.state.model, base.state.optimizer.state_dict()))
+        if found:
+            raise DifferenceError(
+                f"{folder}: iteration {base.iteration} is committed with other bits than {path} has, first in "
+                f"{found[0]['name']!r}; verify both"
+            )
+    with contextlib.closing(Updater(directory.plan, _NoSlots(), folder)) as updater:
+        updater.go_on_from(base)
+        while updater.poll():
             pass
-        shadow.snapshot()
-        return base.iteration, shadow.reached
-    finally:
-        os.close(lock)
+        return base.iteration, updater.reached
 
 
 def offer(folder: Path, inbox: Path, path: Path, patience_s: float = 60.0) -> bool:
@@ -118,7 +114,8 @@ def offer(folder: Path, inbox: Path, path: Path, patience_s: float = 60.0) -> bo
     """
     from updater.directory import Directory
 
-    iteration = load_base(path, Directory(folder).plan).iteration
+    directory = Directory(folder)
+    iteration = load_base(path, directory.plan).iteration
     inbox.mkdir(mode=0o700, exist_ok=True)
     temporary = inbox / f".{state_name(iteration)}"
     shutil.copyfile(path, temporary)
@@ -127,8 +124,8 @@ def offer(folder: Path, inbox: Path, path: Path, patience_s: float = 60.0) -> bo
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         directory = Directory(folder)
-        committed = [i for i, (_, state) in directory.entries.items() if state == "committed"]
-        if iteration in directory.manifest.snapshots or (committed and committed[-1] >= iteration):
+        current = directory.restorable()
+        if iteration in current or max(current, default=-1) >= iteration:
             return True
         time.sleep(0.2)
     return False

@@ -2,7 +2,7 @@
 """Durable file operations: what a checkpoint directory needs so that a crash at any instruction leaves it whole.
 
 Every file is private to its owner (0600). A published file is written under a temporary name, synced, renamed, and
-its folder synced; so it is there whole, or not at all. Errors of the operating system leave as one FlowCheckError.
+its folder synced; so it is there whole, or not at all. Errors of the operating system leave as one DiskError.
 Whatever changes a checkpoint directory goes through `disk`, one method per system call.
 """
 
@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flowcheck.errors import ConfigError, FlowCheckError
+from flowcheck.errors import ConfigError, DiskError
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -24,6 +24,7 @@ __all__ = [
     "disk",
     "io_errors",
     "lock_directory",
+    "make_folder",
     "publish",
     "remove_temporaries",
     "sha256_of",
@@ -36,20 +37,20 @@ TEMPORARY_SUFFIX = ".unfinished"
 _MOST_PIECES = 1024
 _HASH_CHUNK_BYTES = 4 << 20
 _HINTS = {
-    errno.ENOSPC: "; free some space and start again",
-    errno.EDQUOT: "; raise the quota and start again",
-    errno.EFBIG: "; raise the file size limit and start again",
+    errno.ENOSPC: "; free some space",
+    errno.EDQUOT: "; raise the quota",
+    errno.EFBIG: "; raise the file size limit",
 }
 
 
 @contextlib.contextmanager
 def io_errors(what: str, path: str | Path) -> Iterator[None]:
-    """Turn an OSError into a FlowCheckError of one line that says what could not be done, on what, and why."""
+    """Turn an OSError into a DiskError of one line that says what could not be done, on what, and why."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-        raise FlowCheckError(f"{path}: cannot {what}: {reason}{_HINTS.get(error.errno, '')}") from error
+        raise DiskError(f"{path}: cannot {what}: {reason}{_HINTS.get(error.errno, '')}") from error
 
 
 class Disk:
@@ -85,7 +86,7 @@ class Disk:
 
     def make_folder(self, path: Path) -> None:
         """Make a folder for its owner alone, unless it is there; its name is durable when `sync_folder` was called above it."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
 
     def rename(self, source: Path, target: Path) -> None:
         """Give a file another name, in place of any file of that name."""
@@ -146,6 +147,14 @@ def write_published(path: Path, content: bytes) -> None:
         finally:
             disk.close(fd)
         publish(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, durably; what is there stays."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        disk.make_folder(path)
+        disk.sync_folder(path.parent)
 
 
 def remove_temporaries(folder: Path) -> None:

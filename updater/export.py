@@ -64,6 +64,7 @@ def document(state: State) -> dict[str, Any]:
         "iteration": state.iteration,
         "run_id": state.run_id,
         "attempt": state.attempt,
+        "latest_attempt": state.latest_attempt,
         "bit_exact": state.bit_exact,
         "buckets": state.buckets,
     }

@@ -16,13 +16,16 @@ __all__ = ["read_gradient"]
 _NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
 
 
-def read_gradient(path: str | Path, iteration: int, bucket: int | None = None) -> np.ndarray:
+def read_gradient(
+    path: str | Path, iteration: int, bucket: int | None = None, attempt: int | None = None
+) -> np.ndarray:
     """Return an iteration's gradient, flat, in wire dtype and bucket order (bfloat16 as uint16).
 
     Args:
         path: the checkpoint directory.
         iteration: from 1.
         bucket: only this bucket, from 0; all of them if None.
+        attempt: whose iteration it is; the latest, and what that goes on from, if None.
 
     Raises:
         ConfigError: there is no such bucket, or the buckets differ in dtype and none was chosen.
@@ -30,7 +33,7 @@ def read_gradient(path: str | Path, iteration: int, bucket: int | None = None) -
         CheckpointError: a checksum is wrong.
     """
     directory = Directory(path)
-    slot, revision = directory.slot(iteration)
+    slot, _, revision = directory.slot(iteration, attempt)
     count = len(revision.buckets)
     if bucket is not None and not 0 <= bucket < count:
         raise ConfigError(f"bucket {bucket} of iteration {iteration}: expected one of 0 to {count - 1}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from updater.directory import Directory
-from updater.log_reader import read_facts
 
 __all__ = ["listing"]
 
@@ -14,23 +13,29 @@ __all__ = ["listing"]
 def listing(path: str | Path) -> dict:
     """Return the document of `list --json`; CheckpointError if the directory is corrupt. A running updater is no hindrance."""
     directory = Directory(path)
+    directory.require_whole()
     manifest = directory.manifest
     audited_to, alarms = directory.audits
-    iterations = []
-    for iteration, (entry, state) in directory.entries.items():
-        if state == "incomplete":
-            facts = read_facts(entry, manifest.identity)
-        else:
-            size = entry.header.payload_bytes
-            facts = {"bytes": size, "placed_bytes": size, "missing": [], "reason": None}
-        iterations.append({"iteration": iteration, "attempt": entry.header.attempt, "state": state, **facts})
+    iterations = [
+        {"iteration": row.number, "attempt": row.attempt, "state": row.state, **directory.facts(row)}
+        for row in directory.iterations
+    ]
     return {
         "run_id": manifest.run_id,
-        "attempt": manifest.attempt,
+        "attempt": manifest.latest.number,
+        "attempts": [
+            {
+                "attempt": attempt.number,
+                "resumed": attempt.resumed and {"attempt": attempt.resumed[0], "iteration": attempt.resumed[1]},
+                "snapshots": manifest.snapshots_of(attempt.number),
+            }
+            for attempt in manifest.attempts
+        ],
         "audited_to": audited_to,
         "alarms": alarms,
         "distances": directory.distances,
-        "bit_exact": manifest.bit_exact,
+        "bit_exact": manifest.latest.bit_exact,
         "iterations": iterations,
-        "snapshots": manifest.snapshots,
+        "snapshots": sorted({iteration for _, iteration in manifest.snapshots}),
+        "pinned": [{"attempt": attempt, "iteration": iteration} for attempt, iteration in sorted(manifest.pinned)],
     }

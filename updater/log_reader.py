@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +20,20 @@ from flowcheck.errors import CheckpointError
 from updater import log_format as form
 from updater.durable import io_errors
 
-__all__ = ["Entry", "Segment", "read_facts", "read_index", "read_payload", "segment_paths"]
+__all__ = ["Entry", "Segment", "read_facts", "read_payload", "segment_name", "segment_numbers"]
 
 _NAME = re.compile(r"(\d{6})\.fclog")
-#: A mark may be read while it is being written; a second look then finds it whole.
-_MARK_READS = 100
 
 
-def segment_paths(folder: Path) -> list[Path]:
-    """Return the segments in a log folder, in order; CheckpointError if one is missing between two others."""
-    found = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
-    for number, path in enumerate(found, 1):
-        if int(path.stem) != number:
-            raise CheckpointError(
-                f"{folder}: segment {number:06}.fclog is missing; restore it from a copy", str(folder)
-            )
-    return found
+def segment_name(number: int) -> str:
+    """Return the file name of a segment."""
+    return f"{number:06}.fclog"
+
+
+def segment_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the segments that lie in a log folder, ascending."""
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,28 @@ class Entry:
     @property
     def end(self) -> int:
         """Offset of the first byte after the record."""
-        return self.offset + form.record_bytes(self.header.payload_bytes)
+        return self.offset + self.header.record_bytes
 
 
 class Segment:
     """One segment, open for reading; `committed_end` and `records` are its mark. Use as a context manager."""
 
-    def __init__(self, path: Path, identity: bytes) -> None:
+    def __init__(self, path: Path, identities: Collection[bytes]) -> None:
+        """Open a segment; CheckpointError unless its header is whole and its identity one of those."""
         self.path = path
         with io_errors("read", path):
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             header = os.pread(self.fd, form.SEGMENT_HEADER_BYTES, 0)
             try:
-                number, found = form.unpack_segment_header(header)
-                self.committed_end, self.records = self._read_mark()
+                found = form.unpack_segment_header(header)
+                self.committed_end, self.records = form.unpack_marks(header, found.version)
             except ValueError as error:
                 raise self._error(str(error)) from error
-            if number != int(path.stem):
-                raise self._error(f"says that it is segment {number}")
-            if found != identity:
+            self.version, self.identity = found.version, found.identity
+            if found.number != int(path.name.partition(".")[0]):
+                raise self._error(f"says that it is segment {found.number}")
+            if found.identity not in identities:
                 raise self._error("belongs to another run, or was made from another plan")
             self.file_bytes = os.fstat(self.fd).st_size
             if not form.SEGMENT_HEADER_BYTES <= self.committed_end <= self.file_bytes:
@@ -82,38 +82,86 @@ class Segment:
             f"{self.path}: {what}; run 'flowcheck verify', restore the file from a copy", str(self.path)
         )
 
-    def _read_mark(self) -> tuple[int, int]:
-        for _ in range(_MARK_READS - 1):
-            try:
-                return form.unpack_mark(os.pread(self.fd, form.MARK_BYTES, form.MARK_OFFSET))
-            except ValueError:
-                continue
-        return form.unpack_mark(os.pread(self.fd, form.MARK_BYTES, form.MARK_OFFSET))
-
     def entry_at(self, offset: int) -> Entry:
         """Return the record whose header is at an offset; ValueError if none is there, or it ends after the file."""
         header = os.pread(self.fd, form.RECORD_HEADER_BYTES, offset)
         if len(header) < form.RECORD_HEADER_BYTES:
             raise ValueError(f"the file ends in the record header at byte {offset}")
-        entry = Entry(form.RecordHeader.unpack(header), self.path, offset)
+        entry = Entry(form.RecordHeader.unpack(header, self.version), self.path, offset)
         if entry.end > self.file_bytes:
             raise ValueError(f"the file ends in the record at byte {offset}")
         return entry
 
     def entries(self) -> Iterator[Entry]:
         """Yield the committed records in order, by their headers; CheckpointError where they do not add up."""
-        offset, records = form.SEGMENT_HEADER_BYTES, 0
+        offset, records, due = form.SEGMENT_HEADER_BYTES, 0, None
         while offset < self.committed_end:
             try:
                 entry = self.entry_at(offset)
             except ValueError as error:
                 raise self._error(f"{error} (at byte {offset})") from error
+            number = entry.header.iteration
+            if entry.header.kind in form.DECIDED:
+                if due is not None and number != due:
+                    raise self._error(f"the record at byte {offset} is of iteration {number}, expected {due}")
+                due = number + 1
+            elif entry.header.kind == form.VOLATILE:
+                due = None
             yield entry
             offset, records = entry.end, records + 1
         if (offset, records) != (self.committed_end, self.records):
             raise self._error(
                 f"{records} records up to byte {offset}, the mark says {self.records} to {self.committed_end}"
             )
+
+    def uncommitted(self) -> Iterator[Entry]:
+        """Yield what lies behind the mark and is whole, up to the first record that is not."""
+        offset = self.committed_end
+        while offset < self.file_bytes:
+            try:
+                entry = self.entry_at(offset)
+                self.payload(entry, [np.empty(entry.header.payload_bytes, np.uint8)])
+            except (ValueError, CheckpointError):
+                return
+            yield entry
+            offset = entry.end
+
+    def _table(self, entry: Entry) -> list[tuple[int, int, int]]:
+        size, encoding = entry.header.payload_bytes, entry.header.encoding
+        table = os.pread(self.fd, form.table_bytes(size, encoding), entry.offset + form.RECORD_HEADER_BYTES)
+        if form.crc32c(table) != entry.header.checksum:
+            raise ValueError("its table of checksums is not as it was written")
+        return form.unpack_table(table, size, encoding)
+
+    def _read(self, entry: Entry, parts: Sequence[np.ndarray]) -> None:
+        """Read a payload; ValueError, and what was read is not to be used, if any byte of it is not as it was written."""
+        rows = self._table(entry)
+        at = (
+            entry.offset
+            + form.RECORD_HEADER_BYTES
+            + form.table_bytes(entry.header.payload_bytes, entry.header.encoding)
+        )
+        for block, (checksum, stored, stored_checksum) in zip(form.blocks(parts), rows, strict=True):
+            if stored == sum(piece.size for piece in block):
+                for piece in block:
+                    at += self._fill(memoryview(piece), at)
+            else:
+                packed = np.empty(stored, np.uint8)
+                at += self._fill(memoryview(packed), at)
+                if form.crc32c(packed) != stored_checksum:
+                    raise ValueError("a block is not as it was written")
+                _unpack(packed, block)
+            if form.checksum_of(block) != checksum:
+                raise ValueError("a block is not as it was written")
+        padding = os.pread(self.fd, entry.end - at, at)
+        if any(padding) or at + len(padding) != entry.end:
+            raise ValueError("what follows it is not zero")
+
+    def _fill(self, view: memoryview, at: int) -> int:
+        size = view.nbytes
+        while view.nbytes and (count := os.preadv(self.fd, [view], at)):
+            view, at = view[count:], at + count
+        return size
 
     def payload(self, entry: Entry, parts: Sequence[np.ndarray]) -> None:
         """Read a record's payload into contiguous uint8 arrays, as many bytes as it has; CheckpointError if it is not right."""
@@ -122,22 +170,21 @@ class Segment:
             raise self._error(
                 f"iteration {entry.header.iteration} has {size} bytes, the plan expects {sum(p.size for p in parts)}"
             )
-        at = entry.offset + form.RECORD_HEADER_BYTES
-        table = os.pread(self.fd, form.table_bytes(size), at)
-        at += len(table)
-        for part in parts:
-            view = memoryview(part)
-            while view.nbytes and (count := os.preadv(self.fd, [view], at)):
-                view, at = view[count:], at + count
-        padding = os.pread(self.fd, entry.end - at, at)
-        if (
-            form.block_checksums(parts) != (table, entry.header.checksum)
-            or any(padding)
-            or at + len(padding) != entry.end
-        ):
-            raise self._error(
-                f"checksum of the record of iteration {entry.header.iteration} (byte {entry.offset}) is wrong"
-            )
+        with io_errors("read", self.path):
+            try:
+                self._read(entry, parts)
+            except ValueError as error:
+                raise self._error(
+                    f"checksum of the record of iteration {entry.header.iteration} (byte {entry.offset}) is wrong: {error}"
+                ) from error
+
+    def checksums(self, entry: Entry) -> list[int]:
+        """Return the CRC32C of each block of a record's payload; CheckpointError if the table of them is not right."""
+        with io_errors("read", self.path):
+            try:
+                return [row[0] for row in self._table(entry)]
+            except ValueError as error:
+                raise self._error(f"checksum of the record at byte {entry.offset} is wrong: {error}") from error
 
     def close(self) -> None:
         """Close the file; may be called again."""
@@ -152,32 +199,25 @@ class Segment:
         self.close()
 
 
-def read_index(folder: Path, identity: bytes) -> Iterator[Entry]:
-    """Yield every committed record of a log, in order, by the headers alone.
+def _unpack(packed: np.ndarray, block: list[np.ndarray]) -> None:
+    from updater import compression  # few logs have packed blocks
 
-    Raises:
-        CheckpointError: a segment cannot be understood, or the iterations do not follow each other.
-    """
-    expected = None
-    for path in segment_paths(folder):
-        with Segment(path, identity) as segment:
-            for entry in segment.entries():
-                iteration = entry.header.iteration
-                if iteration != (min(iteration, 1) if expected is None else expected):
-                    what = f"the record at byte {entry.offset} is of iteration {iteration}, expected {expected or 1}"
-                    raise CheckpointError(f"{path}: {what}; restore the file from a copy", str(path))
-                yield entry
-                expected = iteration + 1 if entry.header.kind in form.DECIDED else iteration
+    whole = block[0] if len(block) == 1 else np.empty(sum(piece.size for piece in block), np.uint8)
+    compression.decompress(packed, whole)
+    at = 0
+    for piece in block if whole is not block[0] else ():
+        piece[:] = whole[at : at + piece.size]
+        at += piece.size
 
 
-def read_payload(entry: Entry, identity: bytes, parts: Sequence[np.ndarray]) -> None:
+def read_payload(entry: Entry, identities: Collection[bytes], parts: Sequence[np.ndarray]) -> None:
     """Read one record's payload into arrays, as `Segment.payload` does."""
-    with Segment(entry.segment, identity) as segment:
+    with Segment(entry.segment, identities) as segment:
         segment.payload(entry, parts)
 
 
-def read_facts(entry: Entry, identity: bytes) -> dict:
+def read_facts(entry: Entry, identities: Collection[bytes]) -> dict:
     """Return what a record without a gradient says: of an incomplete iteration, or of an audit."""
     payload = np.empty(entry.header.payload_bytes, np.uint8)
-    read_payload(entry, identity, [payload])
+    read_payload(entry, identities, [payload])
     return json.loads(payload.tobytes())

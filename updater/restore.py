@@ -1,31 +1,69 @@
 # SPDX-License-Identifier: MIT
-"""Restoring a training state from snapshot and log."""
+"""Restoring a training state: the nearest snapshot, stepped on through the log. `updater.export` writes it for the user's stack."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowcheck.errors import RestoreError
+import numpy as np
+
+from flowcheck.errors import CheckpointError, RestoreError
+from flowcheck.plan import Plan
 from updater import arithmetic
-from updater.directory import Directory
+from updater.directory import Directory, nearest, payload_views, record_of
 from updater.export import document
+from updater.log_reader import Entry, read_payload
 from updater.model_state import ModelState
-from updater.shadow import load_snapshot, replay
+from updater.shadow import load_snapshot
 from updater.snapshot import State
 
-__all__ = ["restore", "restore_state", "states_after"]
+__all__ = ["replay", "restore", "restore_state", "states_after"]
+
+_log = logging.getLogger(__name__)
+#: Called with the iterations stepped so far and in all.
+Progress = Callable[[int, int], None]
 
 
-def restore_state(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> State:
-    """Return the state after an iteration: the newest snapshot not after it, stepped on through the log.
+def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities: list[bytes]) -> Iterator[int]:
+    """Step a model through consecutive iterations of the log; yields each when it is done.
+
+    The next record is read and checked while one is stepped: memory holds two.
+    """
+    slots = [np.zeros(plan.slot_bytes, np.uint8) for _ in range(min(2, len(entries)))]
+    form = plan.record_form
+
+    def read(number: int, slot: np.ndarray) -> np.ndarray:
+        read_payload(entries[number], identities, payload_views(slot, plan, plan.revision(number)))
+        return slot
+
+    with ThreadPoolExecutor(1, "read") as reader:
+        numbers = list(entries)
+        ahead = reader.submit(read, numbers[0], slots[0]) if numbers else None
+        for place, number in enumerate(numbers):
+            slot = ahead.result()
+            if place + 1 < len(numbers):
+                ahead = reader.submit(read, numbers[place + 1], slots[(place + 1) % 2])
+            revision = plan.revision(number)
+            record = record_of(slot, plan, revision)
+            model.step(slot, revision, form and form.decode(form.current(record), number))
+            yield number
+
+
+def restore_state(
+    path: str | Path, iteration: int | None = None, attempt: int | None = None, progress: Progress | None = None
+) -> State:
+    """Return the state after an iteration.
 
     Args:
         path: the checkpoint directory.
         iteration: the latest that can be restored if None.
-        attempt: the directory's own if None.
+        attempt: also what a later attempt has superseded can be restored, by naming its attempt; the latest if None.
+        progress: told how many iterations of the log were stepped.
 
     Raises:
         RestoreError: there is no such state; the message names the nearest that there is.
@@ -33,71 +71,106 @@ def restore_state(path: str | Path, iteration: int | None = None, attempt: int |
     """
     directory = Directory(path)
     manifest = directory.manifest
-    if attempt is not None and attempt != manifest.attempt:
-        raise RestoreError(f"{path}: attempt {attempt} is not there, only attempt {manifest.attempt}")
-    possible = directory.restorable
+    if attempt is not None and manifest.attempt(attempt) is None:
+        there = ", ".join(str(known.number) for known in manifest.attempts)
+        raise RestoreError(f"{path}: attempt {attempt} is not there, only {there}")
     if not manifest.has_model:
         raise RestoreError(
             f"{path}: the plan has no model, so there is no state; 'flowcheck gradient' gives its gradients"
         )
+    possible = directory.restorable(attempt)
+    if iteration not in possible and directory.problems:
+        problem = next(iter(directory.problems.values()))
+        last = f"the newest iteration that can still be restored is {max(possible)}" if possible else "nothing is left"
+        raise CheckpointError(f"{problem}; {last}", problem.path)
     if not possible:
         raise RestoreError(f"{path}: no iteration can be restored: the initial state has not been seen")
-    wanted = possible[-1] if iteration is None else iteration
+    wanted = max(possible) if iteration is None else iteration
     if wanted not in possible:
-        best = min(possible, key=lambda i: (abs(i - wanted), i))
-        found = directory.entries.get(wanted, (None, "not in the log"))[1]
-        raise RestoreError(
-            f"{path}: iteration {wanted} cannot be restored: it is {found}; the nearest that can is {best}"
-        )
-    state = load_snapshot(manifest, max(i for i in manifest.snapshots if i <= wanted))
-    buckets = [
-        [parameter.name for parameter in bucket.parameters] for bucket in directory.plan.revision(wanted + 1).buckets
-    ]
-    if state.iteration == wanted:
+        rows = [row for row in directory.iterations if row.number == wanted and (attempt or row.attempt) == row.attempt]
+        found = rows[-1].state if rows else "not in the log"
+        raise RestoreError(f"{path}: iteration {wanted} cannot be restored: it is {found}; {nearest(possible, wanted)}")
+    return _restore(directory, possible[wanted], wanted, progress)
+
+
+def _restore(directory: Directory, attempt: int, wanted: int, progress: Progress | None) -> State:
+    """Return a state by the nearest snapshot that is right; CheckpointError if none is."""
+    ways, entries = directory.ways(attempt, wanted)
+    problem: CheckpointError | None = None
+    for snapshot in ways:
+        try:
+            state = load_snapshot(directory.manifest, attempt, snapshot)
+            plan = directory.plan_of(attempt)
+            model = None
+            if snapshot != wanted:
+                model = ModelState(plan)
+                model.load_state(state, str(directory.path))
+        except CheckpointError as error:
+            problem = problem or error
+            _log.warning("restoring from an older snapshot: %s", error)
+            continue
+        steps = {number: entry for number, entry in entries.items() if number > snapshot}
+        for done, _ in enumerate(replay(plan, model, steps, directory.manifest.identities) if steps else (), 1):
+            if progress is not None:
+                progress(done, len(steps))
+        return _state(directory, plan, state, model, wanted)
+    raise problem
+
+
+def _state(directory: Directory, plan: Plan, state: State, model: ModelState | None, wanted: int) -> State:
+    known = directory.manifest.attempt(state.attempt)
+    buckets = [[parameter.name for parameter in bucket.parameters] for bucket in plan.revision(wanted + 1).buckets]
+    latest = directory.manifest.latest.number
+    if model is None:
         # HDF5 lists keys by the alphabet; a restored state has the plan's order, which is the model's own.
-        order = {entry.key: number for number, entry in enumerate(directory.plan.state)}
+        order = {entry.key: number for number, entry in enumerate(plan.state)}
         ordered = dict(sorted(state.model.items(), key=lambda item: order.get(item[0], len(order))))
-        return replace(state, model=ordered, buckets=buckets)
-    model = ModelState(directory.plan)
-    model.load_state(state, str(path))
-    for reached in replay(directory.plan, model, directory.entries.values(), state.iteration):
-        if reached == wanted:
-            break
+        return replace(state, model=ordered, buckets=buckets, latest_attempt=latest)
     return State(
-        manifest.run_id,
-        manifest.attempt,
+        directory.manifest.run_id,
+        state.attempt,
         wanted,
-        state.bit_exact and manifest.bit_exact and arithmetic.bit_exact(directory.plan),
+        state.bit_exact and known.bit_exact and arithmetic.bit_exact(plan),
         arithmetic.current().model_dump(),
         model.model,
         model.optimizer.state_dict(),
         model.extra,
         buckets,
+        latest_attempt=latest,
     )
 
 
-def states_after(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (iteration, {"model", "optimizer", "extra"}) for every committed iteration, stepped on from the first snapshot and each base.
+def states_after(path: str | Path, attempt: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (iteration, {"model", "optimizer", "extra"}) for every committed iteration of an attempt, the latest if None.
 
-    What is yielded is stepped on when the next is asked for. Errors are those of `restore_state`.
+    Stepped on from the first snapshot and from each base; what is yielded is stepped on when the next is asked for. Errors
+    are those of `restore_state`.
     """
     directory = Directory(path)
-    snapshots = directory.manifest.snapshots
-    while snapshots:
-        reached = snapshots[0]
-        first = load_snapshot(directory.manifest, reached)
-        model = ModelState(directory.plan)
-        model.load_state(first, str(path))
-        for reached in replay(directory.plan, model, directory.entries.values(), snapshots[0]):
-            yield reached, {"model": model.model, "optimizer": model.optimizer.state_dict(), "extra": model.extra}
-        # What the log does not lead to is a base, from which it goes on.
-        snapshots = [iteration for iteration in snapshots if iteration > reached]
+    directory.require_whole()
+    manifest = directory.manifest
+    attempt = attempt or manifest.latest.number
+    plan = directory.plan_of(attempt)
+    rows = {r.number: r.entry for r in directory.iterations if r.attempt == attempt and r.own == "committed"}
+    reached = -1
+    for snapshot in manifest.snapshots_of(attempt):
+        if snapshot <= reached:
+            continue
+        model = ModelState(plan)
+        model.load_state(load_snapshot(manifest, attempt, snapshot), str(path))
+        reached, entries = snapshot, {}
+        while reached + 1 in rows:
+            reached += 1
+            entries[reached] = rows[reached]
+        for number in replay(plan, model, entries, manifest.identities):
+            yield number, {"model": model.model, "optimizer": model.optimizer.state_dict(), "extra": model.extra}
 
 
 def restore(path: str | Path, iteration: int | None = None, attempt: int | None = None) -> dict[str, Any]:
     """Return a restored state as a dictionary: model, optimizer, extra, iteration, run_id, attempt, bit_exact, buckets.
 
-    `buckets` are the names of the parameters in each bucket of the next iteration. `model` and `optimizer` are what
-    torch's `load_state_dict` takes. Arguments and errors are those of `restore_state`.
+    `buckets` are the names of the parameters in each bucket of the next iteration, `latest_attempt` is the newest attempt of
+    the directory. `model` and `optimizer` are what torch's `load_state_dict` takes. Arguments and errors are those of
+    `restore_state`.
     """
     return document(restore_state(path, iteration, attempt))

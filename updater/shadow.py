@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The shadow of the trainers' state: begun from the wire or a file, rebuilt from snapshot and log, stepped, snapshotted."""
+"""The shadow of the trainers' state: begun from the wire, a file or a snapshot, stepped, audited, rebased."""
 
 from __future__ import annotations
 
+import logging
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,94 +17,89 @@ from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.plan import Plan, Revision
 from flowcheck.step_record import Step
 from updater import arithmetic
-from updater.directory import payload_views, record_of, states
+from updater.directory import payload_views, record_of
 from updater.log_reader import Entry, read_payload
 from updater.manifest import Manifest
 from updater.model_state import ModelState, bytes_of
-from updater.snapshot import State, read_state, write_state
+from updater.snapshot import State, layout_of, read_state
 
 if TYPE_CHECKING:
-    from flowcheck._copy import CopyEngine
-
     from updater.base import Base
 
-__all__ = ["Shadow", "load_snapshot", "replay"]
+__all__ = ["Shadow", "load_snapshot"]
+
+_log = logging.getLogger(__name__)
 
 
-def load_snapshot(manifest: Manifest, iteration: int) -> State:
+def load_snapshot(manifest: Manifest, attempt: int, iteration: int) -> State:
     """Return a published snapshot; CheckpointError if its checksum or its content is wrong."""
-    path = manifest.check(manifest.snapshot_name(iteration))
+    path = manifest.check(manifest.snapshots[attempt, iteration])
     state = read_state(path)
-    if (state.run_id, state.attempt, state.iteration) != (manifest.run_id, manifest.attempt, iteration):
+    if (state.run_id, state.attempt, state.iteration) != (manifest.run_id, attempt, iteration):
         raise CheckpointError(
-            f"{path}: is of run {state.run_id!r}, iteration {state.iteration}; restore the file from a copy", str(path)
+            f"{path}: is of run {state.run_id!r}, attempt {state.attempt}, iteration {state.iteration}; restore the file from a "
+            "copy",
+            str(path),
         )
     return state
 
 
-def replay(plan: Plan, model: ModelState, entries: Iterable[tuple[Entry, str]], after: int) -> Iterator[int]:
-    """Step a model that is the state of iteration `after` through the log's committed iterations; yields each when done."""
-    identity = plan.identity()
-    slot = np.zeros(plan.slot_bytes, np.uint8)
-    for entry, state in entries:
-        iteration = entry.header.iteration
-        if state == "committed" and iteration == after + 1:
-            revision = plan.revision(iteration)
-            read_payload(entry, identity, payload_views(slot, plan, revision))
-            record = record_of(slot, plan, revision)
-            form = plan.record_form
-            model.step(slot, revision, form and form.decode(form.current(record), iteration))
-            after = iteration
-            yield iteration
-
-
 class Shadow:
-    """The state of one run; `reached` is the iteration that it is the state after, None before there is any.
+    """The state of one attempt; `reached` is the iteration that it is the state after, None before there is any.
 
-    begin_from_broadcast or begin_from_file -> apply ... -> snapshot; after a restart `reached` is there at once.
+    begin_from_snapshot, begin_from_broadcast or begin_from_file -> apply ... One thread at a time.
+
+    Attributes:
+        diverged: an audit found that it is no rank's: it is not stepped on until it is rebased.
     """
 
-    def __init__(self, plan: Plan, manifest: Manifest, index: Iterable[Entry], engine: CopyEngine) -> None:
-        """Make the state; rebuilt if the directory has a snapshot. CheckpointError if what it needs is corrupt."""
-        self.plan, self._manifest = plan, manifest
+    def __init__(self, plan: Plan, *, bit_exact: bool) -> None:
+        """Allocate the state; ConfigError if torch.optim refuses the plan's optimizer."""
+        self.plan, self.bit_exact = plan, bit_exact
         self._model = ModelState(plan)
+        self._slot: np.ndarray | None = None
         self.reached: int | None = None
         self.diverged = False
-        self._engine = engine
-        self.engine_bytes = self.engine_failed = 0
-        snapshots = manifest.snapshots
-        if snapshots:
-            origin = manifest.snapshot_name(snapshots[-1])
-            state = load_snapshot(manifest, snapshots[-1])
-            self._model.load_state(state, origin)
-            self.reached = snapshots[-1]
-            for _ in self.catch_up(index):
-                pass
 
-    def begin_from_broadcast(self, content: np.ndarray) -> None:
-        """Take the initial state that the job broadcast; published as snapshot 0 when this returns.
+    def begin_from_snapshot(self, manifest: Manifest) -> bool:
+        """Take the attempt's newest snapshot that is right; False if it has none.
 
         Raises:
-            CheckpointError: there is one already, and it has other bits.
+            CheckpointError: it has some, and none of them is right.
         """
-        if self.reached is None:
-            self._model.load_broadcast(content)
-            self._begin()
-            return
-        if 0 not in self._manifest.snapshots:
-            return  # the shadow has begun from a base
-        first = load_snapshot(self._manifest, 0)
+        attempt = self.plan.job.attempt
+        problem: CheckpointError | None = None
+        for iteration in reversed(manifest.snapshots_of(attempt)):
+            name = manifest.snapshots[attempt, iteration]
+            try:
+                self._model.load_state(load_snapshot(manifest, attempt, iteration), name)
+            except CheckpointError as error:
+                problem = problem or error
+                _log.warning("not begun from: %s", error)
+                continue
+            self.reached = iteration
+            return True
+        if problem is not None:
+            raise problem
+        return False
+
+    def begin_from_broadcast(self, content: np.ndarray) -> None:
+        """Take the initial state that the job broadcast."""
+        self._model.load_broadcast(content)
+        self.reached = 0
+
+    def compare_broadcast(self, first: State, content: np.ndarray, path: Path) -> None:
+        """Hold a broadcast against the snapshot that was made of it; CheckpointError if it has other bits."""
         for key, offset in self.plan.initial_offsets.items():
             known = bytes_of(first.model[key])
             if not np.array_equal(known, content[offset : offset + known.size]):
-                path = self._manifest.folder / self._manifest.snapshot_name(0)
                 raise CheckpointError(
                     f"{path}: the wire now gives {key!r} another first value; use another directory for another run",
                     str(path),
                 )
 
     def begin_from_file(self, path: Path) -> None:
-        """Take the initial state from a torch file; published as snapshot 0 when this returns."""
+        """Take the state before the attempt's first step from a torch file; ConfigError if it holds none."""
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -112,9 +108,10 @@ class Shadow:
             raise ConfigError(
                 f"{path}: the initial state is a {type(found).__name__}, expected a dictionary with 'model'"
             )
-        if found.get("iteration", 0) != 0:
+        before = self.plan.first_step - 1
+        if found.get("iteration", 0) != before:
             raise ConfigError(
-                f"{path}: is the state of iteration {found['iteration']}; the initial state is that of iteration 0"
+                f"{path}: is the state of iteration {found.get('iteration', 0)}; the job goes on from that of iteration {before}"
             )
         try:
             self._model.load_model(found.get("model", found), str(path))
@@ -123,30 +120,32 @@ class Shadow:
             self._model.load_extra(found.get("extra", {}), str(path))
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
-        self._begin()
-
-    def _begin(self) -> None:
-        self.reached = 0
-        self.snapshot()
+        self.reached = before
 
     def follows(self, iteration: int) -> bool:
         """Return whether an iteration is the next one to apply."""
         return not self.diverged and self.reached is not None and iteration == self.reached + 1
 
-    def apply(self, iteration: int, slot: np.ndarray, revision: Revision, step: Step | None) -> bool:
-        """Step by an iteration that is committed; False, and nothing done, where it is not the next one."""
-        if not self.follows(iteration):
-            return False
+    def apply(self, iteration: int, slot: np.ndarray, revision: Revision, step: Step | None) -> None:
+        """Step by the next iteration."""
         self._model.step(slot, revision, step)
         self.reached = iteration
-        return True
+
+    def read(self, entry: Entry, identities: Collection[bytes]) -> tuple[np.ndarray, np.ndarray | None, Step | None]:
+        """Return what the log has of the next iteration: slot data, step record and what that says; valid until the next call."""
+        if self._slot is None:
+            self._slot = np.zeros(self.plan.slot_bytes, np.uint8)
+        revision, form = self.plan.revision(entry.header.iteration), self.plan.record_form
+        read_payload(entry, identities, payload_views(self._slot, self.plan, revision))
+        record = record_of(self._slot, self.plan, revision)
+        return self._slot, record, form and form.decode(form.current(record), entry.header.iteration)
 
     def audit(self, record: np.ndarray) -> list[dict] | None:
         """Hold the state against the digests in the record of the next step; return the alarms, None if it cannot be held.
 
-        After an alarm that no one rank explains the state is `diverged`: it is not stepped on until it is rebased.
+        After an alarm that no one rank explains the state is `diverged`.
         """
-        if not self._manifest.bit_exact:
+        if not self.bit_exact:
             return None
         form, groups = self.plan.record_form, audit.group_names(self.plan)
         ours = audit.digests(groups, self._model.audited, self._model.optimizer).tolist()
@@ -158,43 +157,39 @@ class Shadow:
         """Whether a gradient that the optimizer would step by is not finite."""
         return self._model.has_non_finite(slot, revision)
 
-    def catch_up(self, index: Iterable[Entry]) -> Iterator[int]:
-        """Step through what the log holds of the iterations after the reached one; yields each when it is done."""
-        listed = states(index, self._manifest.snapshots, has_model=True)
-        for iteration in replay(self.plan, self._model, listed, self.reached):
-            self.reached = iteration
-            yield iteration
-
     @property
-    def state(self) -> tuple[dict, dict]:
+    def parts(self) -> tuple[dict, dict]:
         """The state as `state_difference.differences` takes it: model and optimizer."""
         return self._model.model, self._model.optimizer.state_dict()
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the model and of what the optimizer keeps, as far as it has begun to."""
+        return self._model.bytes + sum(
+            value.nbytes
+            for values in self._model.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        )
+
     def rebase(self, base: Base) -> tuple[ModelState, int] | None:
-        """Go on from a base, published as a snapshot when this returns; return the state before and its iteration."""
+        """Go on from a base; return the state before and its iteration."""
         left = None if self.reached is None or self.diverged else (self._model, self.reached)
         self._model, self.reached, self.diverged = base.state, base.iteration, False
-        self.snapshot()
         return left
 
-    def snapshot(self) -> None:
-        """Publish the state as it is, unless it is published already; a shadow without a state has nothing to publish."""
-        if self.reached is None or self.diverged or self.reached in self._manifest.snapshots:
-            return
-        name = self._manifest.snapshot_name(self.reached)
-        state = State(
-            self._manifest.run_id,
-            self._manifest.attempt,
+    def state(self) -> State:
+        """Return the state as it is, for a snapshot; its tensors are stepped on with it."""
+        job = self.plan.job
+        return State(
+            job.run_id,
+            job.attempt,
             self.reached,
-            self._manifest.bit_exact,
+            self.bit_exact,
             arithmetic.current().model_dump(),
             self._model.model,
             self._model.optimizer.state_dict(),
             self._model.extra,
+            identity=self.plan.identity(),
+            layout=layout_of(self.plan.revision(self.reached + 1)),
         )
-        copied, failed = self._engine.engine_bytes, self._engine.engine_failed
-        write_state(self._manifest.folder / name, state, self._engine)
-        self.engine_bytes += self._engine.engine_bytes - copied
-        self.engine_failed += self._engine.engine_failed - failed
-        self._manifest.add(name)
-        self._manifest.store()

@@ -54,6 +54,7 @@ class State:
     buckets: list[list[str]] | None = None  # of the next iteration, by parameter names; not kept in snapshots
     identity: bytes | None = None  # of the plan, 128 bytes; None in a file of version 1
     layout: list[dict[str, Any]] | None = None  # `layout_of` the revision in force
+    latest_attempt: int | None = None  # of the directory that it was restored from
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor by its path in the file, model first; tied ones under each of their names."""

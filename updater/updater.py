@@ -2,76 +2,64 @@
 """The updater: takes decided iterations out of the slots, makes them durable, and steps the training state.
 
 Order per iteration: into the log and synced (committed), applied, slot given back. So whatever instant it is killed at,
-a slot is given back only when its iteration is in the log, and the state is rebuilt from snapshot and log.
+a slot is given back only when its iteration is in the log, and the state is rebuilt from snapshot and log; while that goes
+on, slots are logged and given back. Only while the disk takes nothing is an iteration applied that is not in the log: it
+is `volatile`, and the next thing that is written is a snapshot.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flowcheck._copy import CopyEngine
 
-from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
-from flowcheck.layout import mirrored_ranges
-from flowcheck.plan import Plan, Revision
-from flowcheck.step_record import RecordError, Step
-from updater import durable, log_format
-from updater.directory import payload_views
-from updater.durable import io_errors, lock_directory, remove_temporaries, write_published
-from updater.log import SEGMENT_BYTES, LogWriter
-from updater.log_reader import Entry, read_index, segment_paths
-from updater.manifest import LOG_FOLDER, MANIFEST_NAME, PLAN_NAME, SNAPSHOT_FOLDER, Manifest
+from flowcheck.errors import CheckpointError, ConfigError, DiskError, FlowCheckError
+from flowcheck.plan import Plan
+from flowcheck.step_record import Step
+from updater import log_format, retention
+from updater.attempt import make_folders, open_attempt
+from updater.decision import Decision, Decisions, Slots
+from updater.durable import lock_directory
+from updater.inbox import Inbox
+from updater.log import SEGMENT_BYTES, Closed, LogWriter, recover
+from updater.log_reader import Entry, Segment, segment_numbers
+from updater.manifest import LOG_FOLDER
+from updater.snapshot_schedule import SnapshotSchedule
 
 if TYPE_CHECKING:
+    from updater.base import Base
     from updater.model_state import ModelState
     from updater.shadow import Shadow
 
-__all__ = ["Slots", "Updater"]
+__all__ = ["Updater"]
 
 _log = logging.getLogger(__name__)
-#: Name of a base in a folder that is watched, and seconds between two looks.
-BASE_NAME = re.compile(r"state-(\d{6,12})\.pt")
-_LOOK_S = 0.2
 #: When nothing was decided for so long, a full state that is further than the shadow says that something was lost.
 _IDLE_S = 2.0
-#: fc_slot.state and fc_slot.reason (flowcheck/_formats.pxd).
-_SLOT_WHOLE = 2
-_REASONS = {1: "missing", 2: "conflict", 3: "end_of_stream"}
-
-
-class Slots(Protocol):
-    """What the updater needs of a slot file (`flowcheck.slots.SlotFile`)."""
-
-    settled_next: int
-    consumed_next: int
-    ended: int
-
-    def gradient(self, iteration: int) -> np.ndarray:
-        """Return the slot data of an iteration, writable uint8."""
-
-    def slot(self, iteration: int) -> np.void:
-        """Return the record of its slot."""
-
-    def missing(self, iteration: int) -> list[tuple[int, int]]:
-        """Return the ranges of slot bytes that are missing."""
-
-
-def _make_shadow(plan: Plan, manifest: Manifest, index: Iterator[Entry], engine: CopyEngine) -> Shadow:
-    from updater.shadow import Shadow  # torch is loaded only for a plan with a model
-
-    return Shadow(plan, manifest, index, engine)
+#: Iterations that are committed by one sync, at most.
+_MOST_AT_ONCE = 16
+#: Seconds between two tries of a disk that took nothing.
+_RETRY_S = 1.0
+#: A start waits so long for the state before it begins to empty slots without it.
+_LOAD_PATIENCE_S = 2.0
+#: At the end of a job, so long a disk that takes nothing is waited for.
+_END_PATIENCE_S = 60.0
+#: States up to this size are published at once; larger ones beside the running updater.
+_SMALL_BYTES = 16 << 20
 
 
 class Updater:
-    """One run's checkpoint directory, being written: make -> poll until finished -> close; one thread, one process.
+    """One attempt in a checkpoint directory, being written: make -> poll until finished -> close; one thread, one process.
 
     `close` may come at any time; the same call on the same directory goes on from there.
     """
@@ -86,6 +74,7 @@ class Updater:
         engine: CopyEngine | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         bases: Sequence[Path] = (),
+        live: bool = True,
     ) -> None:
         """Open or begin the directory, repair what a crash left, and rebuild the state.
 
@@ -97,90 +86,52 @@ class Updater:
             engine: copies the state into a snapshot's staging buffer; the CPU if none is given.
             segment_bytes: a segment of the log that has grown to this is closed.
             bases: folders in which full states of the trainer appear, `state-NNNNNN.pt`: the way on after a loss.
+            live: a job does not wait: where the disk takes nothing, go on without it, and try again; else that is an error.
 
         Raises:
             ConfigError: the directory is another run's, or another process has it, or the plan cannot be stepped.
             CheckpointError: the directory is corrupt.
         """
         self.plan, self.slots, self.folder = plan, slots, Path(out_dir)
-        self._identity = plan.identity()
+        self._attempt, self._live = plan.job.attempt, live
         self._log: LogWriter | None = None
+        self._snapshots: SnapshotSchedule | None = None
         self._shadow: Shadow | None = None
-        self._next: int | None = None
-        self._counters = dict.fromkeys(("whole", "incomplete", "applied", "bases"), 0)
-        self._bases, self._refused, self._looked = tuple(bases), set[Path](), 0.0
-        self._catching_up: Iterator[int] | None = None
-        self._moved, self._taken = False, time.monotonic()
+        self._loading: Future[Shadow] | None = None
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._counters = dict.fromkeys(("whole", "incomplete", "applied", "volatile", "bases", "pruned_bytes"), 0)
+        self._inbox, self._taken = Inbox(plan, bases), time.monotonic()
         self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
-        with io_errors("make", self.folder):
-            for folder in (self.folder, self.folder / LOG_FOLDER, self.folder / SNAPSHOT_FOLDER):
-                durable.disk.make_folder(folder)
-            self._lock = lock_directory(self.folder)
+        self._volatile_from: int | None = None
+        self._logging, self._retry_at, self._refused = True, 0.0, ""
+        self._bridging = False
+        self._unstored, self._publish_at = False, 0.0
+        self._next: int | None = None
+        self._patience_ends: float | None = None
+        make_folders(self.folder)
+        self._lock = lock_directory(self.folder)
         try:
-            self._manifest = self._open_manifest()
+            exact = self._bit_exact_here()
+            self._manifest = open_attempt(self.folder, plan, bit_exact=exact)
             log_folder = self.folder / LOG_FOLDER
-            with io_errors("clear", self.folder):
-                for folder in (self.folder, log_folder, self.folder / SNAPSHOT_FOLDER):
-                    remove_temporaries(folder)
-            closed = self._manifest.closed_segments
-            self._log = LogWriter(log_folder, self._identity, closed=closed, segment_bytes=segment_bytes)
+            recovered = recover(log_folder, self._manifest.identities, self._manifest.closed_to)
+            last = max([*segment_numbers(log_folder), self._manifest.closed_to], default=0)
+            self._log = LogWriter(log_folder, plan.identity(), last, segment_bytes=segment_bytes)
+            self._log.closed += [Closed(name, 0, 0, sound=True) for name in recovered]
             self._publish_segments()
-            # What the slots can still bring again: everything if they are new, little if they go on.
-            index = read_index(log_folder, self._identity)
-            self._prior = {
-                e.header.iteration: e
-                for e in index
-                if e.header.iteration >= slots.consumed_next and e.header.kind in log_format.DECIDED
-            }
-            if plan.has_model:
-                self._shadow = _make_shadow(
-                    plan, self._manifest, read_index(log_folder, self._identity), engine or CopyEngine()
-                )
-                if plan.initial_state.source == "file" and self._shadow.reached is None:
-                    self._shadow.begin_from_file(Path(plan_folder) / plan.initial_state.path)
+            self._snapshots = SnapshotSchedule(self._manifest, plan.checkpoints, engine or CopyEngine())
+            self._decisions = Decisions(plan, slots, self._has_non_finite if plan.has_model else None)
+            self._read_log()
             self._next = max(slots.consumed_next, plan.first_iteration)
+            if plan.has_model:
+                self._loading = self._loader.submit(self._load, Path(plan_folder))
+                self._load_finished(_LOAD_PATIENCE_S)
             self._check_gap()
         except BaseException:
             self.close()
             raise
 
-    def _open_manifest(self) -> Manifest:
-        """Return the directory's manifest, or begin one; ConfigError if the directory is another run's."""
-        canonical = self.plan.canonical()
-        if (self.folder / MANIFEST_NAME).exists():
-            manifest = Manifest.load(self.folder)
-            job = self.plan.job
-            if (manifest.run_id, manifest.attempt) != (job.run_id, job.attempt):
-                raise ConfigError(
-                    f"{self.folder}: holds run {manifest.run_id!r} attempt {manifest.attempt}, the plan is of run {job.run_id!r} "
-                    f"attempt {job.attempt}; choose another directory"
-                )
-            if manifest.identity != self._identity:
-                raise ConfigError(
-                    f"{self.folder}: was made from another plan of run {job.run_id!r}; choose another directory"
-                )
-            manifest.check(PLAN_NAME)
-        else:
-            stray = next(iter(sorted((self.folder / LOG_FOLDER).glob("*.fclog"))), None)
-            if stray is not None:
-                raise CheckpointError(
-                    f"{self.folder}: no {MANIFEST_NAME}, but a log; restore the manifest from a copy", str(stray)
-                )
-            plan_path = self.folder / PLAN_NAME
-            if plan_path.exists() and plan_path.read_bytes() != canonical:
-                raise ConfigError(
-                    f"{self.folder}: has a {PLAN_NAME} but no {MANIFEST_NAME}: not a checkpoint directory; choose another"
-                )
-            manifest = Manifest(
-                self.folder, self.plan.job.run_id, self.plan.job.attempt, self._identity, self.plan.has_model, True
-            )
-            write_published(self.folder / PLAN_NAME, canonical)
-            manifest.add(PLAN_NAME)
-        exact = manifest.bit_exact and self._bit_exact_here()
-        if exact != manifest.bit_exact or not (self.folder / MANIFEST_NAME).exists():
-            manifest.bit_exact = exact
-            manifest.store()
-        return manifest
+    # -- beginning --------------------------------------------------------------------------------------------------
 
     def _bit_exact_here(self) -> bool:
         if not self.plan.has_model:
@@ -189,55 +140,263 @@ class Updater:
 
         return arithmetic.bit_exact(self.plan)
 
-    def _publish_segments(self) -> None:
-        """Take the segments that will not change again into the manifest."""
-        published = self._manifest.closed_segments | {self._log.open_segment}
-        new = [path.name for path in segment_paths(self.folder / LOG_FOLDER) if path.name not in published]
-        for name in new:
-            self._manifest.add(f"{LOG_FOLDER}/{name}")
-        if new:
-            self._manifest.store()
+    def _read_log(self) -> None:
+        """Find what the log has of this attempt: what the slots may bring again, and what is to be stepped."""
+        entries: list[Entry] = []
+        for number in [
+            *self._manifest.segments,
+            *(n for n in segment_numbers(self._log.folder) if n > self._manifest.closed_to),
+        ]:
+            with Segment(self._log.folder / f"{number:06}.fclog", self._manifest.identities) as segment:
+                if segment.identity == self._log.identity:
+                    entries += segment.entries()
+        decided = [entry for entry in entries if entry.header.kind in log_format.DECIDED]
+        #: The iteration after the last one in the log; None if there is none.
+        self._log_next: int | None = decided[-1].header.iteration + 1 if decided else None
+        if unlogged := [e for e in entries if e.header.kind == log_format.VOLATILE]:
+            self._log_next = max(self._log_next or 0, unlogged[-1].header.iteration)
+        # What the slots can still bring again: everything if they are new, little if they go on.
+        self._prior = {e.header.iteration: e for e in decided if e.header.iteration >= self.slots.consumed_next}
+        #: What is in the log and not applied.
+        self._unapplied = deque(entry for entry in decided if entry.header.iteration)
+        audits = (log_format.AUDITED, log_format.ALARM, log_format.DIVERGED)
+        self._audited = {entry.header.iteration for entry in entries if entry.header.kind in audits}
+        self._diverged = {entry.header.iteration for entry in entries if entry.header.kind == log_format.DIVERGED}
+
+    def _load(self, plan_folder: Path) -> Shadow:
+        """Return the state as snapshots and plan give it; runs in a thread of its own."""
+        from updater.shadow import Shadow
+
+        shadow = Shadow(self.plan, bit_exact=self._manifest.latest.bit_exact)
+        if not shadow.begin_from_snapshot(self._manifest) and self.plan.initial_state.source == "file":
+            shadow.begin_from_file(plan_folder / self.plan.initial_state.path)
+        return shadow
+
+    def _load_finished(self, patience_s: float) -> bool:
+        """Whether the state is there; takes it over once it is. Raises what loading has raised."""
+        if self._loading is None:
+            return True
+        try:
+            shadow = self._loading.result(patience_s)
+        except FutureTimeout:
+            return False
+        self._loading, self._shadow = None, shadow
+        if shadow.reached is not None:
+            self._snapshots.begun(shadow.reached, self._log.written_bytes)
+            if (self._attempt, shadow.reached) not in self._manifest.snapshots:
+                self._publish_state()
+        return True
+
+    def _is_settled(self) -> bool:
+        """Whether a settled iteration waits in the slots."""
+        return self._next < self.slots.settled_next
 
     def _check_gap(self) -> None:
         """Refuse slots whose earlier iterations went elsewhere: they could not be told from lost ones."""
-        logged = self._log.next_iteration
-        known = logged if logged is not None else 1
-        if self._next > known or (self._next > 0 and not self.plan.first_iteration and not self._has_initial()):
+        known = self._log_next if self._log_next is not None else self.plan.first_step
+        began = self._loading is not None or self._shadow is None or self._shadow.reached is not None
+        if self._next > known and self.slots.volatile_from:
+            # They were applied while the disk took nothing, and went with the process that had applied them.
+            facts = {"from": known, "to": self._next - 1, "state": "incomplete", "reason": "disk"}
+            self._log.note(log_format.VOLATILE, self._attempt, self._next, 0, facts)
+            self._log.commit()
+            self.slots.volatile_from, self._log_next = 0, self._next
+        elif known < self._next <= max(self._manifest.snapshots_of(self._attempt), default=0) + 1:
+            # A snapshot bridges what the disk did not take; the note of it was lost.
+            facts = {"from": known, "to": self._next - 1, "state": "volatile", "reason": "disk"}
+            self._log.note(log_format.VOLATILE, self._attempt, self._next, 0, facts)
+            self._log.commit()
+            self._log_next = self._next
+        elif self._next > known or (
+            self._next > 0 and self.plan.first_iteration == 0 and not began and 0 not in self._prior
+        ):
             raise ConfigError(
                 f"{self.folder}: ends before iteration {known}, but the slot file has given back everything before {self._next}; "
                 "use the directory that took those, or begin both anew"
             )
 
-    def _has_initial(self) -> bool:
-        return self._shadow is None or self._shadow.reached is not None or 0 in self._prior
+    # -- polling ----------------------------------------------------------------------------------------------------
 
     def poll(self) -> int:
-        """Take one decided iteration, or step one that the log holds; returns 1, or 0 if there is nothing to do.
+        """Take decided iterations, or step one that the log holds; returns how many, or 0 if there is nothing to do.
 
         Raises:
-            CheckpointError: the slot contradicts what the log holds of the same iteration.
-            FlowCheckError: the disk refused; what was committed stays.
+            CheckpointError: the slot contradicts what the log holds of the same iteration; or what the state is rebuilt from is
+                corrupt.
+            FlowCheckError: the disk refuses the very first snapshot.
         """
-        if self._next >= self.slots.settled_next:
-            return self._catch_up(waiting=time.monotonic() - self._taken > _IDLE_S)
-        record = self.slots.slot(self._next)
-        if int(record["iteration"]) != self._next:
-            raise CheckpointError(
-                f"the slot of iteration {self._next} holds {record['iteration']}; begin the slot file anew"
-            )
-        whole, segment = int(record["state"]) == _SLOT_WHOLE, self._log.open_segment
-        if not whole and self._awaits_record():
-            return self._catch_up(waiting=True)
-        if self._next == 0:
-            self._take_initial(whole, record)
-        else:
-            self._take(self._next, whole, record)
-        self._next += 1
+        self._load_finished(0.0)
+        done = self._look_after_snapshots()
+        if self._is_settled() and not self._is_held():
+            if self._next == 0:
+                done += self._take_initial()
+            elif self._decisions.awaits_record(self._next):
+                return done + self._catch_up(waiting=True)
+            else:
+                taken = self._take()
+                # Where slots come without pause, a state that is behind catches up between them.
+                done += taken + (self._step_from_log() if taken else self._catch_up(waiting=True))
+            self._begin_snapshot()
+            return done
+        done += self._catch_up(waiting=time.monotonic() - self._taken > _IDLE_S)
+        self._begin_snapshot()
+        return done
+
+    def _is_held(self) -> bool:
+        """Whether slots must keep what they have until a snapshot is there: the first one, or one that bridges a gap in the log."""
+        return self._snapshots.busy and (self._next == 0 or self._bridging)
+
+    def _take_initial(self) -> int:
+        if not self._load_finished(None):
+            return 0
+        path = self._manifest.folder / self._manifest.snapshot_name(self._attempt, 0)
+        if not self._decisions.is_whole(0):
+            if 0 not in self._prior and self._shadow.reached is None:
+                facts = self._decisions.incomplete(0, self.plan.initial_bytes)
+                self._log.note(log_format.INCOMPLETE, self._attempt, 0, 0, facts)
+                self._log.commit()
+                self._log_next = 1
+        elif self._shadow.reached is None:
+            self._shadow.begin_from_broadcast(self.slots.gradient(0))
+            self._publish_state()
+            if self._snapshots.busy:
+                return 1
+        elif (self._attempt, 0) in self._manifest.snapshots:  # else the shadow has begun from a base
+            from updater.shadow import load_snapshot
+
+            first = load_snapshot(self._manifest, self._attempt, 0)
+            self._shadow.compare_broadcast(first, self.slots.gradient(0), path)
+        self._given_back(0)
+        return 1
+
+    def _given_back(self, iteration: int) -> None:
+        self._next = iteration + 1
         self._taken = time.monotonic()
         self.slots.consumed_next = self._next
-        if self._log.open_segment != segment:
-            self._publish_segments()
-        return 1
+
+    def _take(self) -> int:
+        """Commit what is settled, as much as one sync may, then step it; returns how many iterations were taken."""
+        if self._volatile_from == self._next and time.monotonic() < self._retry_at:
+            return 0
+        batch = self._batch()
+        entries = self._commit(batch)
+        taken = 0
+        for decision in batch:
+            entry = entries.get(decision.iteration)
+            if entry is None and not self._apply_volatile(decision):
+                break
+            if entry is not None:
+                self._apply(decision, entry)
+            self._counters["whole" if decision.whole else "incomplete"] += 1
+            self._given_back(decision.iteration)
+            taken += 1
+        self._publish_segments()
+        return taken
+
+    def _batch(self) -> list[Decision]:
+        """Return settled iterations that may be committed by one sync.
+
+        An audit is of the state before its iteration: it ends a batch where that state is not there yet.
+        """
+        batch: list[Decision] = []
+        number = self._next
+        following = self._shadow is not None and self._shadow.follows(number)
+        while (
+            number < self.slots.settled_next
+            and len(batch) < _MOST_AT_ONCE
+            and not self._decisions.awaits_record(number)
+        ):
+            decision = self._decisions.decide(number)
+            if batch and following and decision.step is not None and decision.step.audited:
+                break
+            batch.append(decision)
+            number += 1
+        return batch
+
+    def _commit(self, batch: list[Decision]) -> dict[int, Entry]:
+        """Log iterations; return the record of each that is durable now. The disk may refuse some, or all."""
+        if not self._logging:
+            return {}
+        entries, problem = {}, None
+        for decision in batch:
+            try:
+                if (prior := self._prior.get(decision.iteration)) is not None:
+                    self._compare(prior, decision)
+                    entries[decision.iteration] = prior
+                else:
+                    self._append(decision)
+            except DiskError as error:
+                problem = error
+                break
+        try:
+            logged = [e for e in self._log.commit() if e.header.kind in log_format.DECIDED]
+        except DiskError as error:
+            logged, problem = [], error
+        for iteration in entries:
+            del self._prior[iteration]
+        if logged:
+            entries |= {entry.header.iteration: entry for entry in logged}
+            self._log_next = logged[-1].header.iteration + 1
+            if self._volatile_from == self._next:
+                self._log_again(self._next - 1)
+        if problem is not None:
+            self._refuse(problem, min(d.iteration for d in batch if d.iteration not in entries))
+        return entries
+
+    def _append(self, decision: Decision) -> None:
+        iteration, number = decision.iteration, decision.number
+        if not decision.whole:
+            self._log.note(log_format.INCOMPLETE, self._attempt, iteration, number, decision.facts)
+            return
+        if self._shadow is not None and self._shadow.follows(iteration):
+            self._audit(iteration, number, decision.parts[-1], decision.step)
+        self._log.append(log_format.GRADIENT, self._attempt, iteration, number, decision.parts)
+
+    def _compare(self, prior: Entry, decision: Decision) -> None:
+        """Hold a slot against the record that an earlier start wrote; what was decided then stays decided."""
+        if not decision.whole or prior.header.kind != log_format.GRADIENT:
+            return
+        with Segment(prior.segment, self._manifest.identities) as segment:
+            known = segment.checksums(prior)
+        if [log_format.checksum_of(block) for block in log_format.blocks(decision.parts)] != known:
+            raise CheckpointError(
+                f"{prior.segment}: iteration {prior.header.iteration} is in the log with another gradient than the wire now gives; "
+                "use another directory for another run",
+                str(prior.segment),
+            )
+
+    def _apply(self, decision: Decision, entry: Entry) -> None:
+        """Step by an iteration that is committed, or keep in mind that it is to be stepped."""
+        if not self.plan.has_model:
+            return
+        logged = entry.header.kind == log_format.GRADIENT
+        if logged and decision.whole and self._shadow is not None and self._shadow.follows(decision.iteration):
+            self._step(decision)
+        elif self._shadow is None or self._shadow.reached is None or decision.iteration > self._shadow.reached:
+            self._unapplied.append(entry)
+
+    def _step(self, decision: Decision) -> None:
+        self._shadow.apply(decision.iteration, decision.data, decision.revision, decision.step)
+        self._counters["applied"] += 1
+
+    def _audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
+        """Hold the state before a step against the digests in its record, and note what was found."""
+        if step is None or not step.audited or iteration in self._audited:
+            return
+        alarms = self._shadow.audit(record.view("<f4"))
+        if alarms is None:
+            return
+        kind = log_format.ALARM if alarms else log_format.AUDITED
+        if self._shadow.diverged:
+            kind = log_format.DIVERGED
+            self._diverged.add(iteration)
+        for alarm in alarms:
+            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
+            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
+            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
+        self._log.note(kind, self._attempt, iteration, number, {"alarms": alarms})
+
+    # -- a state that is behind -------------------------------------------------------------------------------------
 
     def _behind(self) -> bool:
         """Whether the state is not that after the last iteration taken."""
@@ -245,34 +404,45 @@ class Updater:
             return False
         if self._shadow.reached is None:
             return self._next > self.plan.first_iteration
-        if self._shadow.diverged:
-            return True
-        return self._shadow.reached + 1 < self._next
+        return self._shadow.diverged or self._shadow.reached + 1 < self._next
 
     def _catch_up(self, *, waiting: bool = False) -> int:
         """Step one iteration of the log that follows the state; look for a base where one is of use.
 
         So it is where the next iteration is `waiting` for something that may never come.
         """
-        if self._catching_up is not None:
-            if next(self._catching_up, None) is not None:
-                self._counters["applied"] += 1
-                self._moved = True
-                self._measure()
-                return 1
-            # What was logged meanwhile is there to step, too.
-            self._catching_up, self._moved = self._follow_log() if self._moved and self._behind() else None, False
-            return int(self._catching_up is not None)
-        if self._shadow is None or (self._manifest.bit_exact and not waiting and not self._behind()):
+        if self._step_from_log():
+            return 1
+        if self._shadow is None or (self._manifest.latest.bit_exact and not waiting and not self._behind()):
             return 0
-        now = time.monotonic()
-        if now - self._looked < _LOOK_S:
-            return 0
-        self._looked = now
         return self._rebase()
 
-    def _follow_log(self) -> Iterator[int]:
-        return self._shadow.catch_up(read_index(self.folder / LOG_FOLDER, self._identity))
+    def _step_from_log(self) -> int:
+        """Step the next iteration if the log holds it; returns 1, or 0."""
+        shadow = self._shadow
+        if shadow is None or shadow.reached is None:
+            return 0
+        while self._unapplied and self._unapplied[0].header.iteration <= shadow.reached:
+            self._unapplied.popleft()
+        if not self._unapplied:
+            return 0
+        entry = self._unapplied[0]
+        iteration = entry.header.iteration
+        if entry.header.kind != log_format.GRADIENT or not shadow.follows(iteration) or iteration in self._diverged:
+            shadow.diverged |= iteration in self._diverged and shadow.follows(iteration)
+            return 0
+        data, record, step = shadow.read(entry, self._manifest.identities)
+        try:
+            self._audit(iteration, entry.header.revision, record, step)
+            self._log.commit()
+        except DiskError as error:
+            _log.warning("an audit is not noted: %s", error)
+        if not shadow.diverged:
+            shadow.apply(iteration, data, self.plan.revision(iteration), step)
+            self._unapplied.popleft()
+            self._counters["applied"] += 1
+            self._measure()
+        return 1
 
     def _rebase(self) -> int:
         """Go on from the earliest base that is further than the state; 0 if there is none.
@@ -280,43 +450,41 @@ class Updater:
         A state that is not bit exact goes on from any base that is newer than the one it came from.
         """
         reached = -1 if self._shadow.reached is None else self._shadow.reached
-        if not self._manifest.bit_exact:
-            reached = min(reached, max(self._manifest.snapshots, default=-1))
-        found = [
-            (int(match[1]), path)
-            for folder in self._bases
-            for path in (folder.iterdir() if folder.is_dir() else ())
-            if (match := BASE_NAME.fullmatch(path.name)) and int(match[1]) > reached and path not in self._refused
-        ]
-        if not found:
+        if not self._manifest.latest.bit_exact:
+            reached = min(reached, max(self._manifest.snapshots_of(self._attempt), default=-1))
+        base = self._inbox.base(reached)
+        if base is None:
             return 0
-        from updater.base import load_base  # torch is loaded only for a plan with a model
+        self.go_on_from(base)
+        return 1
 
-        iteration, path = min(found)
-        try:
-            base = load_base(path, self.plan)
-            if base.iteration != iteration:
-                raise ConfigError(f"{path}: holds the state of iteration {base.iteration}, its name says {iteration}")
-        except FlowCheckError as error:
-            self._refused.add(path)
-            _log.warning("not taken as a base: %s", error)
-            return 0
+    @property
+    def reached(self) -> int | None:
+        """The iteration that the state is that after; None while there is none."""
+        return None if self._shadow is None else self._shadow.reached
+
+    def go_on_from(self, base: Base) -> None:
+        """Take a full state of the trainer in place of the state; what the log has of later iterations is then stepped by `poll`."""
+        self._load_finished(None)
+        if self._snapshots.busy:
+            self._look_after_snapshots(wait=True)
         self._left = self._shadow.rebase(base)
         self._counters["bases"] += 1
+        # What was stepped before and is further than the base is stepped again, from the base's own bits.
+        self._read_log()
+        self._publish_state()
         self._measure()
-        self._catching_up = self._follow_log()
-        return 1
 
     def _measure(self) -> None:
         """Once the state has come from a base to where it was before, note how far apart the two are."""
         if self._left is None or self._shadow.reached < self._left[1]:
             return
         (left, iteration), self._left = self._left, None
-        if self._shadow.reached != iteration or self._log.next_iteration is None:
+        if self._shadow.reached != iteration or self._log_next is None:
             return
         from updater.state_difference import differences
 
-        found = differences((left.model, left.optimizer.state_dict()), self._shadow.state)
+        found = differences((left.model, left.optimizer.state_dict()), self._shadow.parts)
         furthest = max(found, key=lambda row: row["max_ulp"], default={"name": None, "max_ulp": 0})
         record = self.plan.shard.step_record
         limit = record.audit.max_ulp if record else None
@@ -324,139 +492,184 @@ class Updater:
         if over:
             _log.warning("at iteration %d the state was %d ULPs from the trainer's", iteration, furthest["max_ulp"])
         facts = {"at": iteration, "max_ulp": furthest["max_ulp"], "tensor": furthest["name"], "over_limit": over}
-        self._log.append_facts(log_format.MEASURED, self.plan.job.attempt, self._log.next_iteration, 0, facts)
-
-    def _take_initial(self, whole: bool, record: np.void) -> None:
-        if whole:
-            self._shadow.begin_from_broadcast(self.slots.gradient(0))
-        elif 0 not in self._prior and self._shadow.reached is None:
-            self._append_incomplete(0, 0, self.plan.initial_bytes, record)
-
-    def _take(self, iteration: int, whole: bool, record: np.void) -> None:
-        revision = self.plan.revision(iteration)
-        number = self.plan.shard.revisions.index(revision)
-        data = self.slots.gradient(iteration)
-        parts, problem = payload_views(data, self.plan, revision), None
-        step = None
-        if self.plan.record_form is not None and (whole or self._lacks_record_only(iteration)):
-            parts[-1], step, problem = self._said(iteration, revision, whole)
-            whole = problem is None
-        prior = self._prior.pop(iteration, None)
-        if prior is not None:
-            self._compare(prior, whole, parts)
-            whole = whole and prior.header.kind == log_format.GRADIENT
-        elif whole:
-            self._audit(iteration, number, parts[-1], step)
-            self._log.append(log_format.GRADIENT, self.plan.job.attempt, iteration, number, parts)
-        else:
-            self._append_incomplete(iteration, number, revision.gradient_bytes, record, problem)
-        self._counters["whole" if whole else "incomplete"] += 1
-        if whole and self._shadow is not None:
-            self._counters["applied"] += self._shadow.apply(iteration, data, revision, step)
-
-    def _lacks_record_only(self, iteration: int) -> bool:
-        """Whether every byte of an iteration's gradient is there, and only its step record is not whole."""
-        if int(self.slots.slot(iteration)["conflicts"]):
-            return False
-        begin, _ = self.plan.record_range(self.plan.revision(iteration))
-        return all(low >= begin for low, _ in self.slots.missing(iteration))
-
-    def _awaits_record(self) -> bool:
-        """Whether the next iteration, which repeats the record that this one lacks, is yet to be decided."""
-        if self._next == 0 or self.plan.record_form is None or self.slots.ended:
-            return False
-        return self._next + 1 >= self.slots.settled_next and self._lacks_record_only(self._next)
-
-    def _said(self, iteration: int, revision: Revision, whole: bool) -> tuple[np.ndarray, Step | None, str | None]:
-        """Return the bytes of an iteration's step record, what it says, and why the iteration cannot be committed by it."""
-        form = self.plan.record_form
-        begin, end = self.plan.record_range(revision)
-        record = self.slots.gradient(iteration)[begin:end].view("<f4")
         try:
-            if not whole:
-                record = self._repeated(iteration)
-            step = form.decode(form.current(record), iteration)
-            if not whole:
-                step = replace(step, audited=False)  # the digests were not repeated
-            if step.reductions != revision.reductions:
-                raise RecordError(f"says {step.reductions} reductions, the plan {revision.reductions}")
-        except RecordError as error:
-            _log.warning("iteration %d: the step record %s", iteration, error)
-            return record.view(np.uint8), None, "step_record"
-        if self._shadow is not None and step.scale is not None:
-            if self._shadow.has_non_finite(self.slots.gradient(iteration), revision) != step.skipped:
-                _log.warning("iteration %d: its record says skipped %s, its gradient not", iteration, step.skipped)
-                return record.view(np.uint8), None, "conflict"
-        return record.view(np.uint8), step, None
+            self._log.note(log_format.MEASURED, self._attempt, self._log_next, 0, facts)
+            self._log.commit()
+        except DiskError as error:
+            _log.warning("a distance is not noted: %s", error)
 
-    def _repeated(self, iteration: int) -> np.ndarray:
-        """Return a record of what the next iteration's repeats of this one's; RecordError if that is not there either."""
-        form, following = self.plan.record_form, iteration + 1
-        if following >= self.slots.settled_next:
-            raise RecordError("was lost, and no iteration follows")
-        begin, _ = self.plan.record_range(self.plan.revision(following))
-        low, high = begin + 4 * form.words, begin + 8 * form.words
-        if any(first < high and last > low for first, last in self.slots.missing(following)):
-            raise RecordError("was lost, and so was its repetition")
-        record = np.zeros(form.elements, "<f4")
-        record[: form.words] = self.slots.gradient(following)[low:high].view("<f4")
-        return record
+    def _has_non_finite(self, data: np.ndarray, revision: object) -> bool:
+        self._load_finished(None)
+        return self._shadow.has_non_finite(data, revision)
 
-    def _audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
-        """Hold the state before a step against the digests in its record, and note what was found."""
-        if step is None or not step.audited or self._shadow is None or not self._shadow.follows(iteration):
+    # -- snapshots --------------------------------------------------------------------------------------------------
+
+    def _publish_state(self) -> None:
+        """Publish the state as it is: a small one before this returns, a large one beside what follows.
+
+        Raises:
+            DiskError: the disk refuses the attempt's very first one, without which nothing can be committed.
+        """
+        if self._shadow.state_bytes > _SMALL_BYTES:
+            self._snapshots.begin(self._shadow.state(), self._log.written_bytes)
             return
-        alarms = self._shadow.audit(record.view("<f4"))
-        if alarms is None:
+        try:
+            self._snapshots.publish_now(self._shadow.state(), self._log.written_bytes)
+        except DiskError as error:
+            if not self._manifest.snapshots_of(self._attempt):
+                raise
+            _log.warning("a snapshot is missing: %s", error)
+
+    def _begin_snapshot(self) -> None:
+        """Begin a snapshot if one is due, or if the disk may take one again after it took nothing."""
+        shadow = self._shadow
+        if shadow is None or shadow.reached is None or shadow.diverged or shadow.reached + 1 != self._next:
             return
-        kind = log_format.DIVERGED if self._shadow.diverged else log_format.ALARM if alarms else log_format.AUDITED
-        for alarm in alarms:
-            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
-            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
-            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
-        self._log.append_facts(kind, self.plan.job.attempt, iteration, number, {"alarms": alarms})
+        if self._volatile_from is not None:
+            if self._volatile_from < self._next and time.monotonic() >= self._retry_at:
+                self._try_again()
+        elif self._snapshots.due(shadow.reached, self._log.written_bytes, shadow.state_bytes):
+            self._snapshots.begin(shadow.state(), self._log.written_bytes)
+            self._rotate()
 
-    def _compare(self, prior: Entry, whole: bool, views: list[np.ndarray]) -> None:
-        """Hold a slot against the record that an earlier start wrote; what was decided then stays decided."""
-        if not whole or prior.header.kind != log_format.GRADIENT:
+    def _look_after_snapshots(self, *, wait: bool = False) -> int:
+        """Publish a snapshot that has been written, and remove what retention lets go; returns 1 if so, else 0."""
+        try:
+            iteration = self._snapshots.poll(wait=wait)
+        except FlowCheckError as error:
+            if not self._manifest.snapshots_of(self._attempt):
+                raise  # without a first snapshot nothing can be committed
+            _log.warning("a snapshot is missing: %s", error)
+            self._bridging = False
+            return 0
+        if iteration is None:
+            return 0
+        if self._bridging:
+            self._log_again(iteration)
+        self._prune()
+        return 1
+
+    def _prune(self) -> None:
+        try:
+            removed = retention.prune(self.folder, self._manifest, self.plan.checkpoints.retention)
+        except (DiskError, CheckpointError) as error:
+            _log.warning("nothing is removed: %s", error)
             return
-        if log_format.block_checksums(views)[1] != prior.header.checksum:
-            raise CheckpointError(
-                f"{prior.segment}: iteration {prior.header.iteration} is in the log with another gradient than the wire now gives; "
-                "use another directory for another run",
-                str(prior.segment),
-            )
+        self._counters["pruned_bytes"] += sum(row["bytes"] for row in removed)
 
-    def _append_incomplete(
-        self, iteration: int, revision: int, size: int, record: np.void, problem: str | None = None
-    ) -> None:
-        missing = self.plan.flat_ranges(iteration, self.slots.missing(iteration))
-        facts = {
-            "bytes": size,
-            "placed_bytes": size - sum(end - begin for begin, end in missing),
-            "missing": missing,
-            "reason": problem or self._reason(iteration, missing, _REASONS.get(int(record["reason"]), "missing")),
-        }
-        self._log.append_facts(log_format.INCOMPLETE, self.plan.job.attempt, iteration, revision, facts)
+    def _rotate(self) -> None:
+        """Begin a new segment with the next record, so that the log can be removed up to a snapshot."""
+        try:
+            self._log.rotate()
+        except DiskError as error:
+            _log.warning("%s", error)
+        self._publish_segments()
 
-    def _reason(self, iteration: int, missing: list[list[int]], reason: str) -> str:
-        """Return why an iteration is incomplete; bytes that no mirrored connection carries could not come at all."""
-        if iteration == 0 or not missing or reason == "conflict":
-            return reason
-        carried = mirrored_ranges(self.plan, iteration)
-        could_come = any(begin < high and low < end for begin, end in missing for low, high in carried)
-        return reason if could_come else "not_mirrored"
+    def _publish_segments(self) -> None:
+        """Take the segments that will not change again into the manifest; what the disk refuses is tried again."""
+        if time.monotonic() < self._publish_at:
+            return
+        try:
+            while self._log.closed:
+                closed = self._log.closed[0]
+                if not closed.sound:
+                    closed.mend(self._log.folder, self._manifest.identities)
+                self._manifest.add(f"{LOG_FOLDER}/{closed.name}")
+                del self._log.closed[0]
+                self._unstored = True
+            if self._unstored:
+                self._manifest.store()
+                self._unstored = False
+        except DiskError as error:
+            self._publish_at = time.monotonic() + _RETRY_S
+            _log.warning("not published yet: %s", error)
+
+    # -- a disk that takes nothing ----------------------------------------------------------------------------------
+
+    def _refuse(self, error: DiskError, iteration: int) -> None:
+        """Go on without the log from an iteration on."""
+        if not self._live:
+            raise error
+        self._logging, self._retry_at = False, time.monotonic() + _RETRY_S
+        if self._volatile_from is None:
+            self._refused = str(error)
+            self._volatile_from = self.slots.volatile_from = iteration
+            _log.warning("VOLATILE from iteration %d on, nothing is committed: %s", iteration, error)
+
+    def _apply_volatile(self, decision: Decision) -> bool:
+        """Step by an iteration that is not in the log; False where that cannot be: then its slot keeps it."""
+        possible = self._shadow is not None and decision.whole and self._shadow.follows(decision.iteration)
+        if possible and decision.step is not None and decision.step.audited:
+            self._shadow.audit(decision.parts[-1].view("<f4"))
+            possible = not self._shadow.diverged
+        if not possible:
+            if self._volatile_from == decision.iteration and time.monotonic() >= self._retry_at:
+                self._logging = True  # nothing is lost yet: try the log itself
+            return False
+        self._step(decision)
+        self._counters["volatile"] += 1
+        return True
+
+    def _try_again(self) -> None:
+        """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there."""
+        self._retry_at = time.monotonic() + _RETRY_S
+        if not self._snapshots.busy:
+            try:
+                self._snapshots.begin(self._shadow.state(), self._log.written_bytes)
+                self._bridging = True
+            except FlowCheckError as error:
+                _log.warning("still volatile: %s", error)
+
+    def _log_again(self, reached: int) -> None:
+        """Go on with the log behind a snapshot of the reached iteration, or where nothing was applied without it."""
+        self._bridging = False
+        if self._log_next is None or reached >= self._log_next:
+            try:
+                self._log.rotate()
+                self._note_unlogged(reached)
+            except DiskError as error:
+                _log.warning("still volatile: %s", error)
+                return
+            self._log_next = reached + 1
+        _log.warning("logging again; iterations from %d on were volatile", self._volatile_from)
+        self._logging, self._volatile_from, self.slots.volatile_from = True, None, 0
+
+    def _note_unlogged(self, reached: int) -> None:
+        first = self._log_next if self._log_next is not None else self.plan.first_step
+        facts = {"from": first, "to": reached, "state": "volatile", "reason": self._refused}
+        self._log.note(log_format.VOLATILE, self._attempt, reached + 1, 0, facts)
+        self._log.commit()
+
+    # -- ending -----------------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
-        """Whether no iteration follows those that were taken."""
-        return bool(self.slots.ended) and self._next >= self.slots.settled_next and self._catching_up is None
+        """Whether no iteration follows those that were taken, and nothing that was taken is left to do."""
+        if not self.slots.ended or self._next is None or self._is_settled():
+            return False
+        if self._loading is not None or self._snapshots.busy or self._can_step():
+            return False
+        if self._volatile_from is None:
+            return True
+        self._patience_ends = self._patience_ends or time.monotonic() + _END_PATIENCE_S
+        return time.monotonic() > self._patience_ends
+
+    def _can_step(self) -> bool:
+        shadow = self._shadow
+        if not self._unapplied or shadow is None or shadow.reached is None or shadow.diverged:
+            return False
+        entry = self._unapplied[0]
+        number = entry.header.iteration
+        return number <= shadow.reached or (
+            entry.header.kind == log_format.GRADIENT and shadow.follows(number) and number not in self._diverged
+        )
 
     def counters(self) -> dict[str, int]:
-        """Return what this process did: iterations by outcome, bytes logged, bytes that a DMA engine copied."""
-        copied = (self._shadow.engine_bytes, self._shadow.engine_failed) if self._shadow else (0, 0)
-        engine = dict(zip(("engine_bytes", "engine_failed"), copied, strict=True))
-        return {**self._counters, "logged_bytes": self._log.written_bytes, **engine}
+        """Return what this process did: iterations by outcome, bytes logged and removed, bytes that a DMA engine copied."""
+        engine = {name: getattr(self._snapshots, name) for name in ("engine_bytes", "engine_failed")}
+        return {
+            **self._counters, "logged_bytes": self._log.written_bytes, "snapshots_failed": self._snapshots.failed, **engine,
+        }  # fmt: skip
 
     def close(self) -> None:
         """End: after the last iteration with a snapshot and a closed log, before it such that a new start goes on.
@@ -466,14 +679,30 @@ class Updater:
         """
         if self._lock < 0:
             return
+        self._loader.shutdown(wait=True, cancel_futures=True)
         try:
+            ended = self.finished
+            if ended and self._shadow is not None:
+                self._end()
             if self._log is not None:
-                ended = self._next is not None and self.finished
-                if ended and self._shadow is not None:
-                    self._shadow.snapshot()
                 self._log.close()
                 if ended:
                     self._publish_segments()
         finally:
+            with suppress(FlowCheckError):
+                if self._snapshots is not None:
+                    self._snapshots.close()
             os.close(self._lock)
             self._lock = -1
+
+    def _end(self) -> None:
+        shadow = self._shadow
+        if shadow.reached is None or shadow.diverged:
+            return
+        if self._volatile_from is not None and self._volatile_from <= shadow.reached:
+            if not self._logging:
+                self._log.rotate()
+                self._note_unlogged(shadow.reached)
+        self._snapshots.publish_now(shadow.state(), self._log.written_bytes)
+        self.slots.volatile_from = 0
+        self._prune()

@@ -636,5 +636,5 @@ def test_who_waits_for_what_never_comes_takes_a_base_all_the_same(tmp_path, sett
         while not updater.counters()["bases"]:
             updater.poll()
             assert time.monotonic() < end
-    assert Directory(out).restorable == [*range(min(settled, STEPS - 1) + 1), STEPS]
+    assert list(Directory(out).restorable()) == [*range(min(settled, STEPS - 1) + 1), STEPS]
     assert digest(restore(out)) == truth[-1][0]

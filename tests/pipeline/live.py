@@ -85,8 +85,8 @@ class LiveJob:
 
 def states(out):
     """Return the listed state of each iteration, and when each was logged."""
-    entries = Directory(out).entries
-    return {i: state for i, (_, state) in entries.items()}, {i: e.header.time_ns for i, (e, _) in entries.items()}
+    rows = Directory(out).iterations
+    return {row.number: row.state for row in rows}, {row.number: row.entry.header.time_ns for row in rows if row.entry}
 
 
 def digests(out):

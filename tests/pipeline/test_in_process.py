@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.live import digests, until
-from updater.directory import Directory
+from tests.pipeline.live import digests, states, until
 
 pytestmark = pytest.mark.dpdk
 
@@ -59,7 +58,7 @@ def test_every_iteration_of_a_job_without_privileges_has_the_trainers_bits(tmp_p
         assert held and all(int(line.split()[1], 16) == 0 for line in held)
         said, errors = job.communicate("go\n", timeout=120)
         assert job.returncode == 0, errors
-        until(lambda: Directory(tmp_path / "out").entries.get(10, (0, ""))[1] == "committed", "the last iteration")
+        until(lambda: states(tmp_path / "out")[0].get(10) == "committed", "the last iteration")
         shadow.terminate()
         report = json.loads(shadow.communicate(timeout=60)[0])
     finally:

@@ -152,7 +152,7 @@ def kill_stages(tmp_path, kills, iterations, seed):
         assert trainer.wait(200) == 0, trainer.stderr.read()
         until(lambda: all(stage["pid"] for stage in job.status()["stages"]), "all stages back")
         # The last full state is that of the last iteration: from there the shadow is exact again.
-        until(lambda: iterations in Directory(job.out).restorable, "the last iteration")
+        until(lambda: iterations in Directory(job.out).restorable(), "the last iteration")
         said = job.stop(shadow)
         listed, _ = states(job.out)
         found, truth = digests(job.out), job.steps()
@@ -194,7 +194,7 @@ def test_a_shadow_that_comes_late_goes_on_from_the_trainers_next_full_state(tmp_
         until(lambda: len(job.steps()) >= 5, "five steps")
         shadow = job.shadow()
         assert trainer.wait(150) == 0, trainer.stderr.read()
-        until(lambda: last in Directory(job.out).restorable, "the last full state")
+        until(lambda: last in Directory(job.out).restorable(), "the last full state")
         job.stop(shadow)
         found, truth = digests(job.out), job.steps()
         listed, _ = states(job.out)

@@ -131,11 +131,12 @@ class WholeSlots:
     def __init__(self, directory, lost):
         self.directory, self.lost = directory, lost
         self.settled_next, self.consumed_next, self.ended = ITERATIONS + 1, 0, 1
+        self.volatile_from = 0
 
     def gradient(self, iteration):
         if iteration:
             return self.directory.slot(iteration)[0]
-        plan, first = self.directory.plan, load_snapshot(self.directory.manifest, 0)
+        plan, first = self.directory.plan, load_snapshot(self.directory.manifest, 1, 0)
         content = np.zeros(plan.initial_bytes, np.uint8)
         for key, offset in plan.initial_offsets.items():
             value = bytes_of(first.model[key])

@@ -27,9 +27,10 @@ def documented(section):
 @pytest.fixture
 def log(tmp_path):
     identity = bytes(range(128))
-    writer = LogWriter(tmp_path, identity, closed=set())
+    writer = LogWriter(tmp_path, identity, 0)
     payload = np.arange(100, dtype=np.uint8)
     writer.append(1, 3, 17, 2, [payload[:60], payload[60:]])
+    writer.commit()
     writer.close()
     return (tmp_path / "000001.fclog").read_bytes(), identity, payload.tobytes()
 
@@ -43,12 +44,13 @@ def test_segment_header_is_as_drawn(log):
     fields, end = documented("Segment of the log")
     value = {name: data[where] for name, where in fields.items()}
     assert end == 256 == number(value["header_bytes"])
-    assert value["magic"] == bytes.fromhex("8946 4347 4C4F 470A") and number(value["version"]) == 1
+    assert value["magic"] == bytes.fromhex("8946 4347 4C4F 470A") and number(value["version"]) == 2
     assert number(value["number"]) == 1 and number(value["block_bytes"]) == 1 << 20
     assert value["identity"] == identity
     assert number(value["checksum"]) == crc32c(data[:60] + identity)
     assert number(value["committed_end"]) == len(data) and number(value["records"]) == 1
     assert number(value["mark_checksum"]) == crc32c(value["committed_end"] + value["records"])
+    assert data[212:232] == data[192:212]  # a closed segment has both marks alike
     assert not any(value["reserved"]) and not any(value["reserved_end"])
 
 

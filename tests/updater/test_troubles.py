@@ -277,7 +277,8 @@ def test_snapshots_that_fail_leave_the_log_going(job, recording, trouble, shm):
 
 
 @pytest.mark.parametrize("calls", [("write",), ("sync", "datasync"), EVERYTHING], ids=lambda calls: calls[0])
-def test_ending_in_the_trouble_keeps_what_was_committed(job, recording, trouble, shm, calls):
+def test_ending_in_the_trouble_keeps_what_was_committed(job, recording, trouble, shm, calls, monkeypatch):
+    monkeypatch.setattr("updater.updater._END_PATIENCE_S", 1.0)
     out = shm / "run" / "out"
     run = begun(job, out)
     trouble.fail(errno.ENOSPC, *calls)
