@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Writing a training state for the user's stack: one function per format, each published whole or not at all.
 
-No format copies the state, only one tensor at a time where it must; but hdf5, which is written as snapshots are, from a
-staging buffer. Nothing is unpickled.
+No format copies the state, only one tensor at a time where it must. Nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -123,10 +123,14 @@ def _read_segments(result: Verification, directory: Directory) -> None:
 def _prove(result: Verification, directory: Directory, bad: set[str]) -> None:
     """Step each attempt's log from snapshot to snapshot; note up to where that agrees, or what does not."""
     for attempt in directory.manifest.attempts:
+        if attempt.plan in bad:
+            continue
         try:
             reached = _prove_attempt(result, directory, attempt.number, bad)
         except FlowCheckError as error:
-            result.problems.append((attempt.plan, error))
+            path = Path(getattr(error, "path", ""))
+            name = path.relative_to(directory.path) if path.is_relative_to(directory.path) else attempt.plan
+            result.problems.append((str(name), error))
             continue
         if attempt is directory.manifest.latest:
             result.proved_to = reached
@@ -149,9 +153,10 @@ def _prove_attempt(result: Verification, directory: Directory, attempt: int, bad
         kept = load_snapshot(manifest, attempt, iteration)
         ours = kept.arithmetic == arithmetic.current().model_dump()
         ways, entries = directory.ways(attempt, iteration)
+        steps = {number: entry for number, entry in entries.items() if number > reached}
         led = model is not None and reached in ways and manifest.attempt(attempt).bit_exact
+        led = led and not bad & {f"{LOG_FOLDER}/{entry.segment.name}" for entry in steps.values()}
         if led and ours:
-            steps = {number: entry for number, entry in entries.items() if number > reached}
             for _ in replay(directory.plan_of(attempt), model, steps, manifest.identities):
                 pass
             found = differences((model.model, model.optimizer.state_dict()), (kept.model, kept.optimizer))

@@ -39,6 +39,9 @@ def finished(job, tmp_path_factory):
     return out
 
 
+PLAN = "plans/000001.json"
+
+
 @pytest.fixture
 def out(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "out")
@@ -61,20 +64,22 @@ class Needed:
             assert name.startswith("log/") and not others
             self._gradients.setdefault(name, []).append((at, at + len(piece), iteration))
         assert len(self._gradients) >= 3 and len(self.snapshots) >= 2
-        assert set(files) == {"manifest.json", "plan.json", *self._gradients, *map(self._snapshot, self.snapshots)}
+        assert set(files) == {"manifest.json", PLAN, *self._gradients, *map(self._snapshot, self.snapshots)}
 
     @staticmethod
     def _snapshot(iteration):
-        return f"snapshots/{iteration:012}.h5"
+        return f"snapshots/000001-{iteration:012}.h5"
 
     def by(self, name, at=None):
         """Return iterations that cannot be restored without the byte of a file at an offset, or without the file."""
-        if name in ("manifest.json", "plan.json"):
+        if name in ("manifest.json", PLAN):
             return self._everything
         if name in self._gradients:
             hit = [i for begin, end, i in self._gradients[name] if at is None or begin <= at < end]
             return [iteration for iteration in hit if iteration not in self.snapshots]
         iteration = next(i for i in self.snapshots if self._snapshot(i) == name)
+        if iteration != self.snapshots[0]:
+            return []  # the snapshot before it and the log lead there as well
         later = iteration + 1
         return [iteration] if later > ITERATIONS or later in self.snapshots else [iteration, later]
 

@@ -105,6 +105,7 @@ def test_later_writes_may_be_there_without_earlier_ones_but_not_without_what_was
 
 
 def test_a_folder_that_was_not_synced_above_takes_all_in_it_along(disk):
+    disk.make_folder(disk.at / "out")
     disk.make_folder(disk.at / "out" / "log")
     put(disk, "out/log/a", b"one")
     disk.sync_folder(disk.at / "out" / "log")
