@@ -38,6 +38,7 @@ __all__ = [
     "blocks",
     "checksum_of",
     "crc32c",
+    "joined",
     "pack_mark",
     "pack_segment_header",
     "pack_table",
@@ -231,6 +232,11 @@ def blocks(parts: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
                 block, room = [], BLOCK_BYTES
     if block:
         yield block
+
+
+def joined(block: list[np.ndarray]) -> np.ndarray:
+    """Return a block given by its pieces as one array; a copy if there are several."""
+    return block[0] if len(block) == 1 else np.concatenate(block)
 
 
 def checksum_of(block: Iterable[np.ndarray]) -> int:

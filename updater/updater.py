@@ -31,9 +31,9 @@ from updater.attempt import make_folders, open_attempt
 from updater.decision import Decision, Decisions, Slots
 from updater.durable import lock_directory
 from updater.inbox import Inbox
-from updater.log import SEGMENT_BYTES, Closed, LogWriter, recover
-from updater.log_reader import Entry, Segment, segment_numbers
-from updater.manifest import LOG_FOLDER
+from updater.journal import Journal
+from updater.log import SEGMENT_BYTES
+from updater.log_reader import Entry
 from updater.snapshot_schedule import SnapshotSchedule
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Updater:
         """
         self.plan, self.slots, self.folder = plan, slots, Path(out_dir)
         self._attempt, self._live = plan.job.attempt, live
-        self._log: LogWriter | None = None
+        self._journal: Journal | None = None
         self._snapshots: SnapshotSchedule | None = None
         self._shadow: Shadow | None = None
         self._loading: Future[Shadow] | None = None
@@ -105,7 +105,6 @@ class Updater:
         self._volatile_from: int | None = None
         self._logging, self._retry_at, self._refused = True, 0.0, ""
         self._bridging = False
-        self._unstored, self._publish_at = False, 0.0
         self._next: int | None = None
         self._patience_ends: float | None = None
         make_folders(self.folder)
@@ -113,12 +112,7 @@ class Updater:
         try:
             exact = self._bit_exact_here()
             self._manifest = open_attempt(self.folder, plan, bit_exact=exact)
-            log_folder = self.folder / LOG_FOLDER
-            recovered = recover(log_folder, self._manifest.identities, self._manifest.closed_to)
-            last = max([*segment_numbers(log_folder), self._manifest.closed_to], default=0)
-            self._log = LogWriter(log_folder, plan.identity(), last, segment_bytes=segment_bytes)
-            self._log.closed += [Closed(name, 0, 0, sound=True) for name in recovered]
-            self._publish_segments()
+            self._journal = Journal(self.folder, self._manifest, plan, segment_bytes)
             self._snapshots = SnapshotSchedule(self._manifest, plan.checkpoints, engine or CopyEngine())
             self._decisions = Decisions(plan, slots, self._has_non_finite if plan.has_model else None)
             self._read_log()
@@ -142,19 +136,8 @@ class Updater:
 
     def _read_log(self) -> None:
         """Find what the log has of this attempt: what the slots may bring again, and what is to be stepped."""
-        entries: list[Entry] = []
-        for number in [
-            *self._manifest.segments,
-            *(n for n in segment_numbers(self._log.folder) if n > self._manifest.closed_to),
-        ]:
-            with Segment(self._log.folder / f"{number:06}.fclog", self._manifest.identities) as segment:
-                if segment.identity == self._log.identity:
-                    entries += segment.entries()
+        entries = self._journal.entries()
         decided = [entry for entry in entries if entry.header.kind in log_format.DECIDED]
-        #: The iteration after the last one in the log; None if there is none.
-        self._log_next: int | None = decided[-1].header.iteration + 1 if decided else None
-        if unlogged := [e for e in entries if e.header.kind == log_format.VOLATILE]:
-            self._log_next = max(self._log_next or 0, unlogged[-1].header.iteration)
         # What the slots can still bring again: everything if they are new, little if they go on.
         self._prior = {e.header.iteration: e for e in decided if e.header.iteration >= self.slots.consumed_next}
         #: What is in the log and not applied.
@@ -182,7 +165,7 @@ class Updater:
             return False
         self._loading, self._shadow = None, shadow
         if shadow.reached is not None:
-            self._snapshots.begun(shadow.reached, self._log.written_bytes)
+            self._snapshots.begun(shadow.reached, self._journal.written_bytes)
             if (self._attempt, shadow.reached) not in self._manifest.snapshots:
                 self._publish_state()
         return True
@@ -193,20 +176,16 @@ class Updater:
 
     def _check_gap(self) -> None:
         """Refuse slots whose earlier iterations went elsewhere: they could not be told from lost ones."""
-        known = self._log_next if self._log_next is not None else self.plan.first_step
+        known = self.plan.first_step if self._journal.next is None else self._journal.next
+        bridged = max(self._manifest.snapshots_of(self._attempt), default=0) + 1
         began = self._loading is not None or self._shadow is None or self._shadow.reached is not None
-        if self._next > known and self.slots.volatile_from:
+        if known < self._next <= bridged:
+            # A snapshot stands for what the disk did not take; the note of it was lost.
+            self._journal.note_unlogged(self._next - 1, "volatile", "disk")
+        elif self._next > known and self.slots.volatile_from:
             # They were applied while the disk took nothing, and went with the process that had applied them.
-            facts = {"from": known, "to": self._next - 1, "state": "incomplete", "reason": "disk"}
-            self._log.note(log_format.VOLATILE, self._attempt, self._next, 0, facts)
-            self._log.commit()
-            self.slots.volatile_from, self._log_next = 0, self._next
-        elif known < self._next <= max(self._manifest.snapshots_of(self._attempt), default=0) + 1:
-            # A snapshot bridges what the disk did not take; the note of it was lost.
-            facts = {"from": known, "to": self._next - 1, "state": "volatile", "reason": "disk"}
-            self._log.note(log_format.VOLATILE, self._attempt, self._next, 0, facts)
-            self._log.commit()
-            self._log_next = self._next
+            self._journal.note_unlogged(self._next - 1, "incomplete", "disk")
+            self.slots.volatile_from = 0
         elif self._next > known or (
             self._next > 0 and self.plan.first_iteration == 0 and not began and 0 not in self._prior
         ):
@@ -253,9 +232,8 @@ class Updater:
         if not self._decisions.is_whole(0):
             if 0 not in self._prior and self._shadow.reached is None:
                 facts = self._decisions.incomplete(0, self.plan.initial_bytes)
-                self._log.note(log_format.INCOMPLETE, self._attempt, 0, 0, facts)
-                self._log.commit()
-                self._log_next = 1
+                self._journal.note(log_format.INCOMPLETE, 0, 0, facts)
+                self._journal.commit()
         elif self._shadow.reached is None:
             self._shadow.begin_from_broadcast(self.slots.gradient(0))
             self._publish_state()
@@ -290,7 +268,7 @@ class Updater:
             self._counters["whole" if decision.whole else "incomplete"] += 1
             self._given_back(decision.iteration)
             taken += 1
-        self._publish_segments()
+        self._journal.publish()
         return taken
 
     def _batch(self) -> list[Decision]:
@@ -317,53 +295,33 @@ class Updater:
         """Log iterations; return the record of each that is durable now. The disk may refuse some, or all."""
         if not self._logging:
             return {}
-        entries, problem = {}, None
+        entries: dict[int, Entry] = {}
+        problem = None
         for decision in batch:
+            iteration = decision.iteration
             try:
-                if (prior := self._prior.get(decision.iteration)) is not None:
-                    self._compare(prior, decision)
-                    entries[decision.iteration] = prior
-                else:
-                    self._append(decision)
+                if (prior := self._prior.get(iteration)) is not None:
+                    self._journal.compare(prior, decision)
+                    entries[iteration] = prior
+                    continue
+                if decision.whole and self._shadow is not None and self._shadow.follows(iteration):
+                    self._audit(iteration, decision.number, decision.parts[-1], decision.step)
+                self._journal.append(decision)
             except DiskError as error:
                 problem = error
                 break
         try:
-            logged = [e for e in self._log.commit() if e.header.kind in log_format.DECIDED]
+            logged = self._journal.commit()
         except DiskError as error:
-            logged, problem = [], error
+            logged, problem = {}, error
         for iteration in entries:
             del self._prior[iteration]
-        if logged:
-            entries |= {entry.header.iteration: entry for entry in logged}
-            self._log_next = logged[-1].header.iteration + 1
-            if self._volatile_from == self._next:
-                self._log_again(self._next - 1)
+        entries |= logged
+        if logged and self._volatile_from == self._next:
+            self._log_again(self._next - 1)
         if problem is not None:
             self._refuse(problem, min(d.iteration for d in batch if d.iteration not in entries))
         return entries
-
-    def _append(self, decision: Decision) -> None:
-        iteration, number = decision.iteration, decision.number
-        if not decision.whole:
-            self._log.note(log_format.INCOMPLETE, self._attempt, iteration, number, decision.facts)
-            return
-        if self._shadow is not None and self._shadow.follows(iteration):
-            self._audit(iteration, number, decision.parts[-1], decision.step)
-        self._log.append(log_format.GRADIENT, self._attempt, iteration, number, decision.parts)
-
-    def _compare(self, prior: Entry, decision: Decision) -> None:
-        """Hold a slot against the record that an earlier start wrote; what was decided then stays decided."""
-        if not decision.whole or prior.header.kind != log_format.GRADIENT:
-            return
-        with Segment(prior.segment, self._manifest.identities) as segment:
-            known = segment.checksums(prior)
-        if [log_format.checksum_of(block) for block in log_format.blocks(decision.parts)] != known:
-            raise CheckpointError(
-                f"{prior.segment}: iteration {prior.header.iteration} is in the log with another gradient than the wire now gives; "
-                "use another directory for another run",
-                str(prior.segment),
-            )
 
     def _apply(self, decision: Decision, entry: Entry) -> None:
         """Step by an iteration that is committed, or keep in mind that it is to be stepped."""
@@ -394,7 +352,7 @@ class Updater:
             rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
             names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
             _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
-        self._log.note(kind, self._attempt, iteration, number, {"alarms": alarms})
+        self._journal.note(kind, iteration, number, {"alarms": alarms})
 
     # -- a state that is behind -------------------------------------------------------------------------------------
 
@@ -434,7 +392,7 @@ class Updater:
         data, record, step = shadow.read(entry, self._manifest.identities)
         try:
             self._audit(iteration, entry.header.revision, record, step)
-            self._log.commit()
+            self._journal.commit()
         except DiskError as error:
             _log.warning("an audit is not noted: %s", error)
         if not shadow.diverged:
@@ -480,7 +438,7 @@ class Updater:
         if self._left is None or self._shadow.reached < self._left[1]:
             return
         (left, iteration), self._left = self._left, None
-        if self._shadow.reached != iteration or self._log_next is None:
+        if self._shadow.reached != iteration or self._journal.next is None:
             return
         from updater.state_difference import differences
 
@@ -493,8 +451,8 @@ class Updater:
             _log.warning("at iteration %d the state was %d ULPs from the trainer's", iteration, furthest["max_ulp"])
         facts = {"at": iteration, "max_ulp": furthest["max_ulp"], "tensor": furthest["name"], "over_limit": over}
         try:
-            self._log.note(log_format.MEASURED, self._attempt, self._log_next, 0, facts)
-            self._log.commit()
+            self._journal.note(log_format.MEASURED, self._journal.next, 0, facts)
+            self._journal.commit()
         except DiskError as error:
             _log.warning("a distance is not noted: %s", error)
 
@@ -511,10 +469,10 @@ class Updater:
             DiskError: the disk refuses the attempt's very first one, without which nothing can be committed.
         """
         if self._shadow.state_bytes > _SMALL_BYTES:
-            self._snapshots.begin(self._shadow.state(), self._log.written_bytes)
+            self._snapshots.begin(self._shadow.state(), self._journal.written_bytes)
             return
         try:
-            self._snapshots.publish_now(self._shadow.state(), self._log.written_bytes)
+            self._snapshots.publish_now(self._shadow.state(), self._journal.written_bytes)
         except DiskError as error:
             if not self._manifest.snapshots_of(self._attempt):
                 raise
@@ -528,9 +486,9 @@ class Updater:
         if self._volatile_from is not None:
             if self._volatile_from < self._next and time.monotonic() >= self._retry_at:
                 self._try_again()
-        elif self._snapshots.due(shadow.reached, self._log.written_bytes, shadow.state_bytes):
-            self._snapshots.begin(shadow.state(), self._log.written_bytes)
-            self._rotate()
+        elif self._snapshots.due(shadow.reached, self._journal.written_bytes, shadow.state_bytes):
+            self._snapshots.begin(shadow.state(), self._journal.written_bytes)
+            self._journal.rotate()
 
     def _look_after_snapshots(self, *, wait: bool = False) -> int:
         """Publish a snapshot that has been written, and remove what retention lets go; returns 1 if so, else 0."""
@@ -556,33 +514,6 @@ class Updater:
             _log.warning("nothing is removed: %s", error)
             return
         self._counters["pruned_bytes"] += sum(row["bytes"] for row in removed)
-
-    def _rotate(self) -> None:
-        """Begin a new segment with the next record, so that the log can be removed up to a snapshot."""
-        try:
-            self._log.rotate()
-        except DiskError as error:
-            _log.warning("%s", error)
-        self._publish_segments()
-
-    def _publish_segments(self) -> None:
-        """Take the segments that will not change again into the manifest; what the disk refuses is tried again."""
-        if time.monotonic() < self._publish_at:
-            return
-        try:
-            while self._log.closed:
-                closed = self._log.closed[0]
-                if not closed.sound:
-                    closed.mend(self._log.folder, self._manifest.identities)
-                self._manifest.add(f"{LOG_FOLDER}/{closed.name}")
-                del self._log.closed[0]
-                self._unstored = True
-            if self._unstored:
-                self._manifest.store()
-                self._unstored = False
-        except DiskError as error:
-            self._publish_at = time.monotonic() + _RETRY_S
-            _log.warning("not published yet: %s", error)
 
     # -- a disk that takes nothing ----------------------------------------------------------------------------------
 
@@ -615,7 +546,7 @@ class Updater:
         self._retry_at = time.monotonic() + _RETRY_S
         if not self._snapshots.busy:
             try:
-                self._snapshots.begin(self._shadow.state(), self._log.written_bytes)
+                self._snapshots.begin(self._shadow.state(), self._journal.written_bytes)
                 self._bridging = True
             except FlowCheckError as error:
                 _log.warning("still volatile: %s", error)
@@ -623,22 +554,14 @@ class Updater:
     def _log_again(self, reached: int) -> None:
         """Go on with the log behind a snapshot of the reached iteration, or where nothing was applied without it."""
         self._bridging = False
-        if self._log_next is None or reached >= self._log_next:
+        if self._journal.next is None or reached >= self._journal.next:
             try:
-                self._log.rotate()
-                self._note_unlogged(reached)
+                self._journal.note_unlogged(reached, "volatile", self._refused)
             except DiskError as error:
                 _log.warning("still volatile: %s", error)
                 return
-            self._log_next = reached + 1
         _log.warning("logging again; iterations from %d on were volatile", self._volatile_from)
         self._logging, self._volatile_from, self.slots.volatile_from = True, None, 0
-
-    def _note_unlogged(self, reached: int) -> None:
-        first = self._log_next if self._log_next is not None else self.plan.first_step
-        facts = {"from": first, "to": reached, "state": "volatile", "reason": self._refused}
-        self._log.note(log_format.VOLATILE, self._attempt, reached + 1, 0, facts)
-        self._log.commit()
 
     # -- ending -----------------------------------------------------------------------------------------------------
 
@@ -668,7 +591,7 @@ class Updater:
         """Return what this process did: iterations by outcome, bytes logged and removed, bytes that a DMA engine copied."""
         engine = {name: getattr(self._snapshots, name) for name in ("engine_bytes", "engine_failed")}
         return {
-            **self._counters, "logged_bytes": self._log.written_bytes, "snapshots_failed": self._snapshots.failed, **engine,
+            **self._counters, "logged_bytes": self._journal.written_bytes, "snapshots_failed": self._snapshots.failed, **engine,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -684,10 +607,8 @@ class Updater:
             ended = self.finished
             if ended and self._shadow is not None:
                 self._end()
-            if self._log is not None:
-                self._log.close()
-                if ended:
-                    self._publish_segments()
+            if self._journal is not None:
+                self._journal.close()
         finally:
             with suppress(FlowCheckError):
                 if self._snapshots is not None:
@@ -699,10 +620,8 @@ class Updater:
         shadow = self._shadow
         if shadow.reached is None or shadow.diverged:
             return
-        if self._volatile_from is not None and self._volatile_from <= shadow.reached:
-            if not self._logging:
-                self._log.rotate()
-                self._note_unlogged(shadow.reached)
-        self._snapshots.publish_now(shadow.state(), self._log.written_bytes)
+        if self._volatile_from is not None and shadow.reached >= (self._journal.next or 0):
+            self._journal.note_unlogged(shadow.reached, "volatile", self._refused)
+        self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
         self.slots.volatile_from = 0
         self._prune()

@@ -330,3 +330,62 @@ class TestABadDay:
         segment.write_bytes(b"x" + segment.read_bytes()[1:])
         text = flowcheck("restore", out, "--iteration", 20, "--format", "torch", "--out", tmp_path / "x.pt", status=5)
         assert segment.name in text and "the newest iteration that can still be restored is 30" in text
+
+
+def smooth(iteration, attempt=1, elements=300):
+    """A gradient whose exponents hardly change: what compresses."""
+    return (np.linspace(1, 1.5, elements) + iteration).astype("<f4")
+
+
+def test_packed_records_are_restored_and_cost_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.updater.small.gradient", smooth)
+    monkeypatch.setattr("updater.journal.Judge.worth", lambda self: True)
+    plan = make_plan(elements=200_000, checkpoints={"compress": True})
+    truth = Truth(plan).run(6)
+    truth.save(tmp_path)
+    out = tmp_path / "out"
+    with open_updater(plan, Slots(plan, 6), out, tmp_path) as updater:
+        run(updater)
+        assert updater.counters()["logged_bytes"] < 0.8 * 6 * 800_000
+    for iteration in (0, 3, 6):
+        assert same(restore(out, iteration), truth.states[iteration]) == []
+    assert np.array_equal(read_gradient(out, 5), smooth(5, elements=200_000))
+    assert verify(out)["ok"]
+    # Slots that bring the same once more are held against what was packed.
+    with open_updater(plan, Slots(plan, 6), out, tmp_path) as updater:
+        run(updater)
+    other = Slots(plan, 6)
+    other.gradient = lambda iteration: smooth(iteration + 1, elements=200_000).view(np.uint8)
+    with (
+        pytest.raises(CheckpointError, match="with another gradient"),
+        open_updater(plan, other, out, tmp_path) as updater,
+    ):
+        run(updater)
+    path = min((out / "log").iterdir())
+    content = bytearray(path.read_bytes())
+    for at in (400, len(content) // 2, len(content) - 100):
+        content[at] ^= 1
+        path.write_bytes(content)
+        assert not verify(out)["ok"]
+        content[at] ^= 1
+
+
+def test_whether_packing_pays_is_found_out(tmp_path):
+    """Whatever the disk is like: the first iterations are logged both ways, and all are restored."""
+    plan = make_plan(elements=200_000, checkpoints={"compress": True})
+    truth = Truth(plan).run(14)
+    truth.save(tmp_path)
+    with open_updater(plan, Slots(plan, 14), tmp_path / "out", tmp_path) as updater:
+        run(updater)
+    assert same(restore(tmp_path / "out"), truth.states[14]) == [] and verify(tmp_path / "out")["ok"]
+
+
+def test_a_log_of_a_million_parameters_costs_its_gradients_and_a_hundredth(tmp_path):
+    plan = make_plan(elements=1_000_000)
+    truth = Truth(plan).run(20)
+    truth.save(tmp_path)
+    out = tmp_path / "out"
+    with open_updater(plan, Slots(plan, 20), out, tmp_path) as updater:
+        run(updater)
+    size = sum(path.stat().st_size for path in (out / "log").iterdir())
+    assert 20 * 4_000_000 <= size <= 1.01 * 20 * 4_000_000

@@ -22,14 +22,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def children():
-    """Process ids of this process's children, those that have ended and were not waited for with them."""
+    """Process ids of the writers that this process has started, those that have ended and were not waited for with them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            text = path.read_text()
+            text, command = path.read_text(), (path.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(text.rpartition(")")[2].split()[1]) == os.getpid():
+        # One that has ended has no command any more; other tests' helpers have another.
+        if int(text.rpartition(")")[2].split()[1]) == os.getpid() and (not command or b"snapshot_writer" in command):
             found.append(int(path.parent.name))
     return found
 
