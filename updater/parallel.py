@@ -21,6 +21,8 @@ __all__ = ["ParallelSteps", "shares"]
 
 #: More threads than this wait for memory, not for each other.
 _MOST_THREADS = 8
+#: Smaller models are stepped in less time than handing them to threads takes.
+_LEAST_BYTES = 4 << 20
 
 
 def shares(plan: Plan, count: int) -> list[set[str]]:
@@ -39,9 +41,13 @@ class ParallelSteps:
     """Steps a state that is not loaded anew meanwhile: step ... -> close (or use it in a `with`)."""
 
     def __init__(self, model: ModelState, threads: int | None = None) -> None:
-        """Share the parameters out; as many threads as cores, if not told otherwise."""
-        names = shares(model.plan, threads or min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-        self._model = model
+        """Share the parameters out: over as many threads as cores, but of a small model all to one, if not told otherwise."""
+        if threads is None:
+            threads = min(_MOST_THREADS, len(os.sched_getaffinity(0))) if model.bytes >= _LEAST_BYTES else 1
+        names = shares(model.plan, threads)
+        self._model, self._pool = model, None
+        if len(names) == 1:
+            return
         self._parts = [model.part(share, first=not number) for number, share in enumerate(names)]
         self._threads = torch.get_num_threads()
         each = max(1, self._threads // len(names))
@@ -49,6 +55,9 @@ class ParallelSteps:
 
     def step(self, slot: np.ndarray, revision: Revision, step: Step | None = None) -> None:
         """Apply one iteration's gradient, as `ModelState.step` does."""
+        if self._pool is None:
+            self._model.step(slot, revision, step)
+            return
         for done in [self._pool.submit(part.step, slot, revision, step) for part in self._parts]:
             done.result()
         for whole, part in zip(self._model.optimizer.param_groups, self._parts[0].optimizer.param_groups, strict=True):
@@ -56,8 +65,9 @@ class ParallelSteps:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown()
-        torch.set_num_threads(self._threads)
+        if self._pool is not None:
+            self._pool.shutdown()
+            torch.set_num_threads(self._threads)
 
     def __enter__(self) -> ParallelSteps:
         return self
