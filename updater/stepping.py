@@ -8,6 +8,7 @@ in the log alone) and stepped when its turn comes.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Stepping"]
 
 _log = logging.getLogger(__name__)
+#: Seconds until a note that the disk did not take is tried again.
+_RETRY_S = 1.0
 _AUDITS = (log_format.AUDITED, log_format.ALARM, log_format.DIVERGED)
 
 
@@ -44,12 +47,17 @@ class Stepping:
         bases: full states that were taken.
     """
 
-    def __init__(self, plan: Plan, manifest: Manifest, journal: Journal, plan_folder: Path) -> None:
+    def __init__(self, plan: Plan, manifest: Manifest, journal: Journal, plan_folder: Path, *, live: bool) -> None:
         """Begin to load the state: its newest snapshot that is right, or the file that the plan names."""
-        self.plan, self._manifest, self._journal = plan, manifest, journal
+        self.plan, self._manifest, self._journal, self._live = plan, manifest, journal, live
         self.shadow: Shadow | None = None
         self.applied = self.bases = 0
         self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
+        self._held_before: int | None = None  # the iteration before whose step the state was last audited
+        self._unnoted: int | None = (
+            None  # the one at which an audit found that the state is no rank's, until the log says so
+        )
+        self._retry_at = 0.0
         self.read_log()
         self._loader = ThreadPoolExecutor(1, "load")
         self._loading: Future[Shadow] | None = self._loader.submit(self._load, plan_folder)
@@ -93,8 +101,11 @@ class Stepping:
         return None if self.shadow is None else self.shadow.reached
 
     def follows(self, iteration: int) -> bool:
-        """Whether an iteration is the next one to step."""
-        return self.shadow is not None and self.shadow.follows(iteration)
+        """Whether an iteration is the next one to step; what an earlier start found out about the state counts."""
+        if self.shadow is None or not self.shadow.follows(iteration):
+            return False
+        self.shadow.diverged = iteration in self._diverged
+        return not self.shadow.diverged
 
     def behind(self, following: int) -> bool:
         """Whether the state is there, and not that before an iteration."""
@@ -113,10 +124,16 @@ class Stepping:
 
     def apply(self, decision: Decision, entry: Entry) -> None:
         """Step by an iteration that is committed, or keep in mind that it is to be stepped."""
-        if entry.header.kind == log_format.GRADIENT and decision.whole and self.follows(decision.iteration):
+        logged = entry.header.kind == log_format.GRADIENT
+        if logged and decision.whole and self.follows(decision.iteration) and not self._is_audit_due(decision):
             self.step(decision)
         elif self.reached is None or decision.iteration > self.reached:
             self._unapplied.append(entry)
+
+    def _is_audit_due(self, decision: Decision) -> bool:
+        """Whether the state was not held against an iteration's digests yet: then it is stepped from the log, after that."""
+        said, iteration = decision.step, decision.iteration
+        return said is not None and said.audited and iteration not in self._audited and iteration != self._held_before
 
     def step(self, decision: Decision) -> None:
         """Step by the next iteration, as its slot has it."""
@@ -124,21 +141,36 @@ class Stepping:
         self.applied += 1
 
     def audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
-        """Hold the state before a step against the digests in its record, and append a note of what was found, once."""
+        """Hold the state before a step against the digests in its record, and append a note of what was found, once.
+
+        `noted` says that it is durable.
+        """
         if step is None or not step.audited or iteration in self._audited:
             return
         alarms = self.shadow.audit(record.view("<f4"))
+        self._held_before = iteration
         if alarms is None:
             return
         kind = log_format.ALARM if alarms else log_format.AUDITED
         if self.shadow.diverged:
             kind = log_format.DIVERGED
-            self._diverged.add(iteration)
+            self._unnoted = iteration
         for alarm in alarms:
             rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
             names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
             _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
         self._journal.note(kind, iteration, number, {"alarms": alarms})
+
+    def noted(self) -> None:
+        """Take it that what an audit found is durable."""
+        if self._unnoted is not None:
+            self._diverged.add(self._unnoted)
+            self._unnoted = None
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether the log says all that audits have found: a state that has diverged may go on from a base only then."""
+        return self._unnoted is None
 
     # -- from the log -----------------------------------------------------------------------------------------------
 
@@ -150,10 +182,7 @@ class Stepping:
         while self._unapplied and self._unapplied[0].header.iteration <= shadow.reached:
             self._unapplied.popleft()
         entry = self._unapplied[0] if self._unapplied else None
-        if entry is None or entry.header.kind != log_format.GRADIENT or not shadow.follows(entry.header.iteration):
-            return None
-        if entry.header.iteration in self._diverged:
-            shadow.diverged = True
+        if entry is None or entry.header.kind != log_format.GRADIENT or not self.follows(entry.header.iteration):
             return None
         return entry
 
@@ -165,15 +194,22 @@ class Stepping:
     def step_from_log(self) -> int:
         """Step the next iteration if the log has it; returns 1, or 0."""
         entry = self._next()
-        if entry is None:
+        if entry is None or (self._unnoted is not None and time.monotonic() < self._retry_at):
             return 0
         iteration = entry.header.iteration
         data, record, step = self.shadow.read(entry, self._manifest.identities)
         try:
             self.audit(iteration, entry.header.revision, record, step)
             self._journal.commit()
+            self.noted()
         except DiskError as error:
+            if not self._live:
+                raise
             _log.warning("an audit is not noted: %s", error)
+            if self.shadow.diverged:
+                # Until the log says so, readers take what follows for committed: audit it again, and note that.
+                self.shadow.diverged, self._retry_at = False, time.monotonic() + _RETRY_S
+                return 0
         if not self.shadow.diverged:
             self.shadow.apply(iteration, data, self.plan.revision(iteration), step)
             self._unapplied.popleft()
@@ -186,7 +222,7 @@ class Stepping:
     def go_on_from(self, base: Base) -> None:
         """Take a full state of the trainer in place of the state."""
         self.load(None)
-        self._left = self.shadow.rebase(base)
+        self._left, self._held_before = self.shadow.rebase(base), None
         self.bases += 1
         # What was stepped before and is further than the base is stepped again, from the base's own bits.
         self.read_log()

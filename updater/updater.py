@@ -113,7 +113,7 @@ class Updater:
             }
             self._next = max(slots.consumed_next, plan.first_iteration)
             if plan.has_model:
-                self._stepping = Stepping(plan, self._manifest, self._journal, Path(plan_folder))
+                self._stepping = Stepping(plan, self._manifest, self._journal, Path(plan_folder), live=live)
                 self._load(_LOAD_PATIENCE_S)
             self._decisions = Decisions(plan, slots, self._stepping and self._stepping.has_non_finite)
             self._check_gap()
@@ -152,7 +152,6 @@ class Updater:
         elif self._next > known and self.slots.volatile_from:
             # They were applied while the disk took nothing, and went with the process that had applied them.
             self._journal.note_unlogged(self._next - 1, "incomplete", "disk")
-            self.slots.volatile_from = 0
         elif self._next > known or (
             self._next > 0 and self.plan.first_iteration == 0 and not began and 0 not in self._prior
         ):
@@ -160,6 +159,7 @@ class Updater:
                 f"{self.folder}: ends before iteration {known}, but the slot file has given back everything before {self._next}; "
                 "use the directory that took those, or begin both anew"
             )
+        self.slots.volatile_from = 0
 
     # -- polling ----------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,8 @@ class Updater:
                     self._journal.compare(prior, decision)
                     entries[iteration] = prior
                     continue
-                if decision.whole and self._follows(iteration):
+                # Also of a state that has diverged: the disk may have refused to note that.
+                if decision.whole and self.reached == iteration - 1:
                     self._stepping.audit(iteration, decision.number, decision.parts[-1], decision.step)
                 self._journal.append(decision)
             except DiskError as error:
@@ -280,6 +281,8 @@ class Updater:
                 break
         try:
             logged = self._journal.commit()
+            if self._stepping is not None and logged:
+                self._stepping.noted()
         except DiskError as error:
             logged, problem = {}, error
         for iteration in entries:
@@ -310,7 +313,7 @@ class Updater:
         if self._stepping is None or self._stepping.loading:
             return 0
         reached, exact = self._stepping.reached, self._manifest.latest.bit_exact
-        if exact and not waiting and not self._stepping.behind(self._next):
+        if (exact and not waiting and not self._stepping.behind(self._next)) or not self._stepping.is_noted:
             return 0
         reached = -1 if reached is None else reached
         if not exact:
@@ -422,12 +425,17 @@ class Updater:
     def _try_again(self) -> None:
         """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there."""
         self._retry_at = time.monotonic() + _RETRY_S
-        if not self._snapshots.busy:
-            try:
-                self._snapshots.begin(self._stepping.shadow.state(), self._journal.written_bytes)
+        shadow = self._stepping.shadow
+        try:
+            if shadow.state_bytes <= _SMALL_BYTES:
+                # At once: a process of low priority may take longer than the slots can wait.
+                self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
+                self._log_again(shadow.reached)
+            elif not self._snapshots.busy:
+                self._snapshots.begin(shadow.state(), self._journal.written_bytes)
                 self._bridging = True
-            except FlowCheckError as error:
-                _log.warning("still volatile: %s", error)
+        except FlowCheckError as error:
+            _log.warning("still volatile: %s", error)
 
     def _log_again(self, reached: int) -> None:
         """Go on with the log behind a snapshot of the reached iteration, or where nothing was applied without it."""
