@@ -205,7 +205,7 @@ def main() -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return  # it ended before that was set
-    os.nice(19)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)  # whatever the parent's is
     if platform.machine() in _IOPRIO_SET:
         # A kernel that does not have it says so, and the child is only nice.
         libc.syscall(_IOPRIO_SET[platform.machine()], _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE)
