@@ -52,6 +52,8 @@ _MOST_AT_ONCE = 16
 _RETRY_S = 1.0
 #: A start waits so long for the state before it begins to empty slots without it.
 _LOAD_PATIENCE_S = 2.0
+#: An attempt's first start: its job waits for the shadow, and until there is a first snapshot nothing can be committed.
+_FIRST_LOAD_PATIENCE_S = 30.0
 #: At the end of a job, so long a disk that takes nothing is waited for.
 _END_PATIENCE_S = 60.0
 #: States up to this size are published at once; larger ones beside the running updater.
@@ -119,7 +121,8 @@ class Updater:
             self._next = max(slots.consumed_next, plan.first_iteration)
             if plan.has_model:
                 self._loading = self._loader.submit(self._load, Path(plan_folder))
-                self._load_finished(_LOAD_PATIENCE_S)
+                known = self._manifest.snapshots_of(self._attempt)
+                self._load_finished(_LOAD_PATIENCE_S if known else _FIRST_LOAD_PATIENCE_S)
             self._check_gap()
         except BaseException:
             self.close()
@@ -185,7 +188,6 @@ class Updater:
         elif self._next > known and self.slots.volatile_from:
             # They were applied while the disk took nothing, and went with the process that had applied them.
             self._journal.note_unlogged(self._next - 1, "incomplete", "disk")
-            self.slots.volatile_from = 0
         elif self._next > known or (
             self._next > 0 and self.plan.first_iteration == 0 and not began and 0 not in self._prior
         ):
@@ -193,6 +195,7 @@ class Updater:
                 f"{self.folder}: ends before iteration {known}, but the slot file has given back everything before {self._next}; "
                 "use the directory that took those, or begin both anew"
             )
+        self.slots.volatile_from = 0
 
     # -- polling ----------------------------------------------------------------------------------------------------
 
@@ -544,12 +547,16 @@ class Updater:
     def _try_again(self) -> None:
         """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there."""
         self._retry_at = time.monotonic() + _RETRY_S
-        if not self._snapshots.busy:
-            try:
+        try:
+            if self._shadow.state_bytes <= _SMALL_BYTES:
+                # The slots do not have to keep anything meanwhile: a process of low priority may take longer than they can.
+                self._snapshots.publish_now(self._shadow.state(), self._journal.written_bytes)
+                self._log_again(self._shadow.reached)
+            elif not self._snapshots.busy:
                 self._snapshots.begin(self._shadow.state(), self._journal.written_bytes)
                 self._bridging = True
-            except FlowCheckError as error:
-                _log.warning("still volatile: %s", error)
+        except FlowCheckError as error:
+            _log.warning("still volatile: %s", error)
 
     def _log_again(self, reached: int) -> None:
         """Go on with the log behind a snapshot of the reached iteration, or where nothing was applied without it."""
