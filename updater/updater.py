@@ -46,6 +46,8 @@ _MOST_AT_ONCE = 16
 _RETRY_S = 1.0
 #: A start waits so long for the state before it begins to empty slots without it.
 _LOAD_PATIENCE_S = 2.0
+#: An attempt's first start: its job waits for the shadow, and until there is a first snapshot nothing can be committed.
+_FIRST_LOAD_PATIENCE_S = 30.0
 #: At the end of a job, so long a disk that takes nothing is waited for.
 _END_PATIENCE_S = 60.0
 #: States up to this size are published at once; larger ones beside the running updater.
@@ -114,7 +116,8 @@ class Updater:
             self._next = max(slots.consumed_next, plan.first_iteration)
             if plan.has_model:
                 self._stepping = Stepping(plan, self._manifest, self._journal, Path(plan_folder), live=live)
-                self._load(_LOAD_PATIENCE_S)
+                known = self._manifest.snapshots_of(self._attempt)
+                self._load(_LOAD_PATIENCE_S if known else _FIRST_LOAD_PATIENCE_S)
             self._decisions = Decisions(plan, slots, self._stepping and self._stepping.has_non_finite)
             self._check_gap()
         except BaseException:

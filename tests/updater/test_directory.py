@@ -4,6 +4,7 @@
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -286,6 +287,17 @@ def test_a_state_that_is_being_rebuilt_holds_nothing_up(tmp_path, monkeypatch):
         run(updater)
         assert updater.counters()["applied"] == 50
     assert same(restore(out), truth.states[60]) == [] and verify(out)["proved_to"] == 60
+
+
+def test_an_attempts_first_snapshot_comes_before_its_first_record(tmp_path, monkeypatch):
+    """However long its state takes to load: the job waits for the shadow then, and without a snapshot nothing is committed."""
+    load = Shadow.begin_from_file
+    monkeypatch.setattr("updater.updater._LOAD_PATIENCE_S", 0.05)
+    monkeypatch.setattr(Shadow, "begin_from_file", lambda self, path: time.sleep(0.5) or load(self, path))
+    plan = make_plan()
+    Truth(plan).save(tmp_path)
+    with open_updater(plan, Slots(plan, 10), tmp_path / "out", tmp_path):
+        assert listing(tmp_path / "out")["snapshots"] == [0]
 
 
 class TestABadDay:

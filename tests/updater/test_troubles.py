@@ -22,6 +22,7 @@ from tests.updater.power import RecordingDisk, Sync, Write
 from updater.durable import Disk
 from updater.listing import listing
 from updater.restore import restore
+from updater.updater import Updater
 from updater.verify import verify
 
 #: Iterations before the trouble, during it, and at least so many after.
@@ -307,6 +308,24 @@ def test_a_process_that_dies_in_the_trouble_keeps_what_was_committed(job, record
     recording.watch = None
     run.leave()
     assert examine(image, job, shm / "left", gaps=True) >= reported
+
+
+def test_a_start_that_has_nothing_volatile_says_so(job, recording, trouble, shm):
+    """What was refused and never applied lies in its slot still, and is logged by the process that comes next."""
+    out = shm / "run" / "out"
+    begun(job, out).leave()
+    slots = jobs.Slots(job, BEFORE + 1)
+    slots.volatile_from = BEFORE + 1
+    with contextlib.closing(Updater(job.plan, slots, out)):
+        assert slots.volatile_from == 0
+
+
+def test_a_small_state_bridges_the_gap_however_busy_the_snapshot_process_is(job, recording, trouble, shm, monkeypatch):
+    """It has the lowest priority: where the cores are taken it may need longer than slots and rings can hold."""
+    monkeypatch.setattr("tests.updater.power.InThisProcess.poll", lambda self: None)
+    out = shm / "run" / "out"
+    run = begun(job, out)
+    survives(job, out, run, lambda: trouble.fail(errno.ENOSPC, "write"), trouble.mend)
 
 
 @pytest.fixture
