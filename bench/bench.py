@@ -182,9 +182,9 @@ def stages(results: Results, folder: Path, eal: object, protocol: str) -> None:
         path.unlink()
 
 
-def model_plan(form: str) -> plans.Plan:
-    """Return a plan of ELEMENTS parameters in a few tensors, stepped by AdamW."""
-    shapes = {"wide": (ELEMENTS // 4000, 2000), "deep": (ELEMENTS // 8000, 2000), "rest": (ELEMENTS // 4,)}
+def model_plan(form: str, elements: int) -> plans.Plan:
+    """Return a plan of so many parameters, a multiple of 8000, in a few tensors, stepped by AdamW."""
+    shapes = {"wide": (elements // 4000, 2000), "deep": (elements // 8000, 2000), "rest": (elements // 4,)}
     parameters, offset = [], 0
     for name, shape in shapes.items():
         parameters.append({"name": name, "shape": shape, "offset": offset})
@@ -236,7 +236,7 @@ def model_plan(form: str) -> plans.Plan:
 def updates(results: Results, folder: Path) -> None:
     """Measure the update beside the bare optimizer step, and log and snapshot beside raw synced writing."""
     for form in ("fused", "default"):
-        plan = model_plan(form)
+        plan = model_plan(form, ELEMENTS)
         state = ModelState(plan)
         state.load_model({key: torch.randn(value.shape) for key, value in state.model.items()}, "the benchmark")
         slot = np.frombuffer(torch.randn(ELEMENTS + 64).numpy().tobytes(), np.uint8)[: plan.slot_bytes].copy()

@@ -179,11 +179,13 @@ def restore(directory: Path, iteration: int | None, attempt: int | None, form: s
     Example:
       flowcheck restore checkpoints --iteration 12 --format torch --out state.pt
     """
+    from flowcheck.tables import step_progress
     from updater.export import check_target, export
     from updater.restore import restore_state
 
     check_target(form, out)
-    state = restore_state(directory, iteration, attempt)
+    with step_progress() as progress:
+        state = restore_state(directory, iteration, attempt, lambda done, total: progress("iterations", done, total))
     export(state, form, out)
     click.echo(f"iteration {state.iteration} restored to {out}", err=True)
 

@@ -48,6 +48,8 @@ _DUMPED_PLAN = "plan.json"
 _STATUS = "status.json"
 _LOOK_S = 0.05
 _STATUS_S = 1.0
+#: Of the time, at most so much goes into reading how the run stands: a log of many iterations takes long to read.
+_STATUS_SHARE = 0.05
 _BACKOFF_S, _BACKOFF_MOST_S = 0.1, 5.0
 #: A stage that has run for so long was well; its next failure begins anew.
 _WELL_S = 1.0
@@ -288,7 +290,7 @@ class Supervisor:
         return True
 
     def _watch(self, scratch: Path) -> None:
-        acknowledged, told, shown, draining_until = False, False, 0.0, None
+        acknowledged, told, shown, reading, draining_until = False, False, 0.0, 0.0, None
         for child in self._children:
             child.start()
         while not all(child.done for child in self._children):
@@ -318,9 +320,9 @@ class Supervisor:
                 if now > draining_until:
                     left = ", ".join(child.name for child in self._children if not child.done)
                     raise FlowCheckError(f"not drained after {_DRAIN_S:g} seconds: {left}; run again to go on")
-            if now - shown >= _STATUS_S:
+            if now - shown >= max(_STATUS_S, reading / _STATUS_SHARE):
                 document = self._status(scratch, now - shown if shown else 0.0)
-                shown = now
+                shown, reading = now, time.monotonic() - now
                 write_private(scratch / _STATUS, json.dumps(document).encode())
                 self.show(document)
                 self._complain(document)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benchmark runs, small, and writes what it says."""
+"""The benchmarks run, small, and write what they say."""
 
 import json
 import os
@@ -47,3 +47,20 @@ def test_compression_is_measured_on_gradients_that_are_given(tmp_path):
     words[-1] = "9"
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 2 and "fewer than 10" in done.stderr
+
+
+@pytest.mark.dpdk
+def test_updates_are_measured_with_and_without_a_snapshot_beside_them(tmp_path):
+    script = Path(__file__).parents[1] / "bench" / "snapshot_beside.py"
+    command = [sys.executable, str(script), "--params", "80000", "--forms", "fused", "--rounds", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["results"]
+    assert row["updates_alone"] == 12 and row["updates_beside"] >= 12 and row["snapshots"] >= 2
+    assert row["snapshot_bytes"] > 3 * 4 * 80_000  # parameters and two moments
+    low, high = row["ratio"]["interval"]
+    assert 0 < low <= row["ratio"]["value"] <= high
+    assert not os.listdir(tmp_path)

@@ -149,7 +149,7 @@ class Journal:
                 self._unstored = False
         except DiskError as error:
             self._publish_at = time.monotonic() + _RETRY_S
-            _log.warning("not published yet: %s", error)
+            _log.info("not published yet: %s", error)
 
     def close(self) -> None:
         """End: what was not committed goes, what is closed is published if the disk takes it; may be called again."""

@@ -75,12 +75,31 @@ class ModelState:
         self.optimizer = self._make_optimizer()
         # torch's foreach forms change gradients in place (SGD with nesterov): they must not do so in a slot.
         self._copies_gradients = plan.optimizer.form == "foreach"
+        self._has_extra = True
+
+    def part(self, names: set[str], *, first: bool) -> ModelState:
+        """Return a state of some of the parameters alone, which are these very ones, and so is what the optimizer keeps of them.
+
+        Until the next `load_*` it may be stepped beside others that have none of them. The `first` has the extra state.
+        """
+        part = object.__new__(ModelState)
+        part.plan, part.model, part.extra = self.plan, self.model, self.extra
+        part._parameters = {name: p for name, p in self._parameters.items() if name in names}
+        part._copies_gradients, part._has_extra = self._copies_gradients, first
+        part.optimizer = part._make_optimizer()
+        part.optimizer.state = self.optimizer.state
+        for ours, whole in zip(part.optimizer.param_groups, self.optimizer.param_groups, strict=True):
+            ours.update({name: value for name, value in whole.items() if name != "params"})
+        return part
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         chosen = self.plan.optimizer
         kind = getattr(torch.optim, chosen.class_name)
         form = {} if chosen.form == "default" else {chosen.form: True}
-        groups = [{**g.options, "params": [self._parameters[name] for name in g.parameters]} for g in chosen.groups]
+        groups = [
+            {**g.options, "params": [self._parameters[name] for name in g.parameters if name in self._parameters]}
+            for g in chosen.groups
+        ]
         try:
             probe = kind([torch.nn.Parameter(torch.zeros(1))], **({"lr": 0.0} if chosen.class_name == "SGD" else {}))
             known = set(probe.defaults) - _NOT_OPTIONS
@@ -162,7 +181,9 @@ class ModelState:
             value is not None for value in (step.clip_coefficient, step.clip_value, step.scale)
         )
         for place, gradient in self._gradients(slot, revision):
-            parameter = self._parameters[place]
+            parameter = self._parameters.get(place)
+            if parameter is None:
+                continue  # another part's
             if self._copies_gradients or changes or gradient.dtype != parameter.dtype:
                 gradient = gradient.to(parameter.dtype, copy=True)
             parameter.grad = gradient
@@ -208,7 +229,7 @@ class ModelState:
             del self.optimizer.grad_scale, self.optimizer.found_inf
         elif not step.skipped:
             self.optimizer.step()
-        for name, content in step.extra.items():
+        for name, content in step.extra.items() if self._has_extra else ():
             bytes_of(self.model[name] if name in self.model else self.extra[name])[:] = np.frombuffer(content, np.uint8)
 
     def has_non_finite(self, slot: np.ndarray, revision: Revision) -> bool:

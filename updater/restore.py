@@ -19,6 +19,7 @@ from updater.directory import Directory, nearest, payload_views, record_of
 from updater.export import document
 from updater.log_reader import Entry, read_payload
 from updater.model_state import ModelState
+from updater.parallel import ParallelSteps
 from updater.shadow import load_snapshot
 from updater.snapshot import State
 
@@ -32,7 +33,7 @@ Progress = Callable[[int, int], None]
 def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities: list[bytes]) -> Iterator[int]:
     """Step a model through consecutive iterations of the log; yields each when it is done.
 
-    The next record is read and checked while one is stepped: memory holds two.
+    The next record is read and checked while one is stepped, by a thread per core: memory holds two.
     """
     slots = [np.zeros(plan.slot_bytes, np.uint8) for _ in range(min(2, len(entries)))]
     form = plan.record_form
@@ -41,7 +42,7 @@ def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities:
         read_payload(entries[number], identities, payload_views(slot, plan, plan.revision(number)))
         return slot
 
-    with ThreadPoolExecutor(1, "read") as reader:
+    with ThreadPoolExecutor(1, "read") as reader, ParallelSteps(model) as steps:
         numbers = list(entries)
         ahead = reader.submit(read, numbers[0], slots[0]) if numbers else None
         for place, number in enumerate(numbers):
@@ -50,7 +51,7 @@ def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities:
                 ahead = reader.submit(read, numbers[place + 1], slots[(place + 1) % 2])
             revision = plan.revision(number)
             record = record_of(slot, plan, revision)
-            model.step(slot, revision, form and form.decode(form.current(record), number))
+            steps.step(slot, revision, form and form.decode(form.current(record), number))
             yield number
 
 

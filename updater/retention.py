@@ -53,8 +53,10 @@ def _epochs(directory: Directory) -> list[_Epoch]:
     return epochs
 
 
-def removable(directory: Directory, rules: Retention) -> list[str]:
+def removable(directory: Directory, rules: Retention, verified: tuple[int, int] | None = None) -> list[str]:
     """Return the names of the published files that no rule keeps; none if there is no rule.
+
+    `verified` is a snapshot that has just been read and found right.
 
     Raises:
         CheckpointError: a file that the answer depends on is corrupt, so nothing may go.
@@ -65,7 +67,7 @@ def removable(directory: Directory, rules: Retention) -> list[str]:
     manifest, epochs = directory.manifest, _epochs(directory)
     if not manifest.has_model:
         return _of_gradients(directory, rules)
-    last = _newest_that_verifies(manifest, epochs)
+    last = _newest_that_verifies(manifest, epochs, verified)
     if last is None:
         return []
     for epoch in epochs[last:]:
@@ -104,7 +106,7 @@ def removable(directory: Directory, rules: Retention) -> list[str]:
     return sorted(removed)
 
 
-def _newest_that_verifies(manifest: Manifest, epochs: list[_Epoch]) -> int | None:
+def _newest_that_verifies(manifest: Manifest, epochs: list[_Epoch], verified: tuple[int, int] | None) -> int | None:
     """Return the index of the epoch of the latest attempt's newest snapshot that is as it was written.
 
     While the latest attempt has none, that of the attempts before it.
@@ -117,7 +119,8 @@ def _newest_that_verifies(manifest: Manifest, epochs: list[_Epoch]) -> int | Non
         if key is None or key[0] not in lineage or (lineage[key[0]] is not None and key[1] > lineage[key[0]]):
             continue
         with contextlib.suppress(CheckpointError):
-            load_snapshot(manifest, *key)
+            if key != verified:
+                load_snapshot(manifest, *key)
             return number
     return None
 
@@ -171,8 +174,17 @@ def _of_gradients(directory: Directory, rules: Retention) -> list[str]:
     return sorted(removed)
 
 
-def prune(folder: Path, manifest: Manifest, rules: Retention, *, dry_run: bool = False) -> list[dict]:
+def prune(
+    folder: Path,
+    manifest: Manifest,
+    rules: Retention,
+    *,
+    verified: tuple[int, int] | None = None,
+    dry_run: bool = False,
+) -> list[dict]:
     """Remove what no rule keeps; return `file` and `bytes` of each. The caller holds the directory's lock, unless `dry_run`.
+
+    `verified` as for `removable`.
 
     Raises:
         CheckpointError: something there is corrupt: nothing is removed then.
@@ -180,7 +192,7 @@ def prune(folder: Path, manifest: Manifest, rules: Retention, *, dry_run: bool =
     """
     if rules == Retention():
         return []
-    names = removable(Directory(folder), rules)
+    names = removable(Directory(folder), rules, verified)
     rows = [{"file": name, "bytes": manifest.files[name][0]} for name in names]
     if rows and not dry_run:
         before = dict(manifest.files), dict(manifest.numbers)

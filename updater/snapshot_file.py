@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,9 @@ from updater.durable import write_all
 __all__ = ["PIECE_BYTES", "Content", "Dataset", "Request", "Written", "pieces", "write_file"]
 
 #: The most that is given, written and read back at once; content is handled in pieces of it.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
+#: Once so much is dirty it is synced: what else syncs on that disk then waits for no more.
+_DIRTY_BYTES = 4 << 20
 #: Bytes begin on a multiple of it in staging memory: a cache line.
 _ALIGNMENT = 64
 _NUMPY = {"bfloat16": "uint16"}
@@ -84,6 +87,8 @@ class Written:
 
 #: Gives the bytes of a dataset, in order, in pieces of at most PIECE_BYTES; asked twice, to write and to compare.
 Content = Callable[[Dataset], Iterable[memoryview]]
+#: An offset in the file, and what follows one another there.
+_Batch = tuple[int, list[memoryview]]
 
 
 def pieces(content: memoryview) -> Iterator[memoryview]:
@@ -92,10 +97,11 @@ def pieces(content: memoryview) -> Iterator[memoryview]:
         yield content[low : low + PIECE_BYTES]
 
 
-def write_file(path: Path, request: Request, content: Content) -> Written:
+def write_file(path: Path, request: Request, content: Content, share: float = 1.0) -> Written:
     """Write, sync, read back and compare a file; it is new, in place of any of that name, and private (0600).
 
-    Nothing is renamed, nor the folder synced: that is publishing.
+    Nothing is renamed, nor the folder synced: that is publishing. `share` is what of its time it works at most; it sleeps
+    the rest, a piece at a time.
 
     Raises:
         OSError: the disk refused, HDF5 did, or what was read back differs; no file of that path is there then.
@@ -104,15 +110,16 @@ def write_file(path: Path, request: Request, content: Content) -> Written:
     fd = durable.disk.create(path)
     try:
         try:
-            for at, batch in _batches(parts, content):
-                if at:
-                    # Few dirty pages: what syncs beside this waits for no more than a batch of them.
+            dirty = 0
+            for at, batch in _unhurried(_batches(parts, content), share):
+                if dirty >= _DIRTY_BYTES:
                     durable.disk.datasync(fd)
-                write_all(fd, batch, at)
+                    dirty = 0
+                dirty += write_all(fd, batch, at)
             durable.disk.sync(fd)
             # Clean pages go, so that the comparison reads what the disk has.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            size, digest = _read_back(fd, parts, content)
+            size, digest = _read_back(fd, _unhurried(_batches(parts, content), share))
         finally:
             durable.disk.close(fd)
     except BaseException:
@@ -164,8 +171,8 @@ def _allocate(hdf: h5py.File, dataset: Dataset) -> int:
     return made.id.get_offset() or 0
 
 
-def _batches(parts: list[bytes | Dataset], content: Content) -> Iterator[tuple[int, list[memoryview]]]:
-    """Yield the file as (offset, pieces that follow one another), each of less than twice PIECE_BYTES."""
+def _batches(parts: list[bytes | Dataset], content: Content) -> Iterator[_Batch]:
+    """Yield the file from front to back, in batches of less than twice PIECE_BYTES."""
     at = gathered = 0
     batch: list[memoryview] = []
     for part in parts:
@@ -179,11 +186,19 @@ def _batches(parts: list[bytes | Dataset], content: Content) -> Iterator[tuple[i
         yield at, batch
 
 
-def _read_back(fd: int, parts: list[bytes | Dataset], content: Content) -> tuple[int, str]:
+def _unhurried(batches: Iterator[_Batch], share: float) -> Iterator[_Batch]:
+    """Yield batches; after each, sleep so that what is done with them takes at most that share of the time."""
+    for batch in batches:
+        begin = time.perf_counter()
+        yield batch
+        time.sleep((time.perf_counter() - begin) * (1 / share - 1))
+
+
+def _read_back(fd: int, batches: Iterator[_Batch]) -> tuple[int, str]:
     """Hold a file against what it was to be; returns its length and its SHA-256 in hexadecimal."""
     digest, end = hashlib.sha256(), 0
     buffer = np.empty(2 * PIECE_BYTES, np.uint8)
-    for at, batch in _batches(parts, content):
+    for at, batch in batches:
         size = sum(map(len, batch))
         end = at + size
         found = buffer[:size]

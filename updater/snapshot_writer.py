@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["SnapshotWriter", "main"]
 
 _COMMAND = [sys.executable, "-c", "from updater.snapshot_writer import main; main()"]
+#: What of its time the child works at most. Priority alone is not enough: each time that it has a core, a thread of the
+#: optimizer step may wait for that core, and the others for that thread.
+_SHARE = 0.5
 _PR_SET_PDEATHSIG = 1
 #: ioprio_set(2): who 1 is a process, class 3 is idle; the number of the call by machine.
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
@@ -205,7 +208,7 @@ def main() -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return  # it ended before that was set
-    os.nice(19)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)  # whatever the parent's is
     if platform.machine() in _IOPRIO_SET:
         # A kernel that does not have it says so, and the child is only nice.
         libc.syscall(_IOPRIO_SET[platform.machine()], _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE)
@@ -227,7 +230,7 @@ def _write(fd: int, begin: int, end: int) -> dict[str, object]:
             memory.madvise(mmap.MADV_DONTNEED)
 
     try:
-        written = write_file(Path(request.path), request, content)
+        written = write_file(Path(request.path), request, content, _SHARE)
     except OSError as error:
         return {"error": [error.errno, error.strerror] if error.errno else [str(error)]}
     return {"bytes": written.bytes, "sha256": written.sha256}

@@ -12,20 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flowcheck._copy import CopyEngine
 
 from flowcheck.errors import CheckpointError, ConfigError, DiskError, FlowCheckError
 from flowcheck.plan import Plan
-from flowcheck.step_record import Step
 from updater import log_format, retention
 from updater.attempt import make_folders, open_attempt
 from updater.decision import Decision, Decisions, Slots
@@ -35,11 +30,10 @@ from updater.journal import Journal
 from updater.log import SEGMENT_BYTES
 from updater.log_reader import Entry
 from updater.snapshot_schedule import SnapshotSchedule
+from updater.stepping import Stepping
 
 if TYPE_CHECKING:
     from updater.base import Base
-    from updater.model_state import ModelState
-    from updater.shadow import Shadow
 
 __all__ = ["Updater"]
 
@@ -96,12 +90,9 @@ class Updater:
         self._attempt, self._live = plan.job.attempt, live
         self._journal: Journal | None = None
         self._snapshots: SnapshotSchedule | None = None
-        self._shadow: Shadow | None = None
-        self._loading: Future[Shadow] | None = None
-        self._loader = ThreadPoolExecutor(1, "load")
-        self._counters = dict.fromkeys(("whole", "incomplete", "applied", "volatile", "bases", "pruned_bytes"), 0)
+        self._stepping: Stepping | None = None  # of a plan with a model
+        self._counters = dict.fromkeys(("whole", "incomplete", "volatile", "pruned_bytes"), 0)
         self._inbox, self._taken = Inbox(plan, bases), time.monotonic()
-        self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
         self._volatile_from: int | None = None
         self._logging, self._retry_at, self._refused = True, 0.0, ""
         self._bridging = False
@@ -114,12 +105,17 @@ class Updater:
             self._manifest = open_attempt(self.folder, plan, bit_exact=exact)
             self._journal = Journal(self.folder, self._manifest, plan, segment_bytes)
             self._snapshots = SnapshotSchedule(self._manifest, plan.checkpoints, engine or CopyEngine())
-            self._decisions = Decisions(plan, slots, self._has_non_finite if plan.has_model else None)
-            self._read_log()
+            # What the slots can still bring again: everything if they are new, little if they go on.
+            self._prior = {
+                entry.header.iteration: entry
+                for entry in self._journal.entries()
+                if entry.header.kind in log_format.DECIDED and entry.header.iteration >= slots.consumed_next
+            }
             self._next = max(slots.consumed_next, plan.first_iteration)
             if plan.has_model:
-                self._loading = self._loader.submit(self._load, Path(plan_folder))
-                self._load_finished(_LOAD_PATIENCE_S)
+                self._stepping = Stepping(plan, self._manifest, self._journal, Path(plan_folder), live=live)
+                self._load(_LOAD_PATIENCE_S)
+            self._decisions = Decisions(plan, slots, self._stepping and self._stepping.has_non_finite)
             self._check_gap()
         except BaseException:
             self.close()
@@ -134,41 +130,12 @@ class Updater:
 
         return arithmetic.bit_exact(self.plan)
 
-    def _read_log(self) -> None:
-        """Find what the log has of this attempt: what the slots may bring again, and what is to be stepped."""
-        entries = self._journal.entries()
-        decided = [entry for entry in entries if entry.header.kind in log_format.DECIDED]
-        # What the slots can still bring again: everything if they are new, little if they go on.
-        self._prior = {e.header.iteration: e for e in decided if e.header.iteration >= self.slots.consumed_next}
-        #: What is in the log and not applied.
-        self._unapplied = deque(entry for entry in decided if entry.header.iteration)
-        audits = (log_format.AUDITED, log_format.ALARM, log_format.DIVERGED)
-        self._audited = {entry.header.iteration for entry in entries if entry.header.kind in audits}
-        self._diverged = {entry.header.iteration for entry in entries if entry.header.kind == log_format.DIVERGED}
-
-    def _load(self, plan_folder: Path) -> Shadow:
-        """Return the state as snapshots and plan give it; runs in a thread of its own."""
-        from updater.shadow import Shadow
-
-        shadow = Shadow(self.plan, bit_exact=self._manifest.latest.bit_exact)
-        if not shadow.begin_from_snapshot(self._manifest) and self.plan.initial_state.source == "file":
-            shadow.begin_from_file(plan_folder / self.plan.initial_state.path)
-        return shadow
-
-    def _load_finished(self, patience_s: float) -> bool:
-        """Whether the state is there; takes it over once it is. Raises what loading has raised."""
-        if self._loading is None:
-            return True
-        try:
-            shadow = self._loading.result(patience_s)
-        except FutureTimeout:
-            return False
-        self._loading, self._shadow = None, shadow
-        if shadow.reached is not None:
-            self._snapshots.begun(shadow.reached, self._journal.written_bytes)
-            if (self._attempt, shadow.reached) not in self._manifest.snapshots:
+    def _load(self, patience_s: float | None) -> None:
+        """Wait so long for the state; once it is there, snapshots go on from it."""
+        if self._stepping is not None and self._stepping.load(patience_s) and self._stepping.reached is not None:
+            self._snapshots.begun(self._stepping.reached, self._journal.written_bytes)
+            if (self._attempt, self._stepping.reached) not in self._manifest.snapshots:
                 self._publish_state()
-        return True
 
     def _is_settled(self) -> bool:
         """Whether a settled iteration waits in the slots."""
@@ -178,14 +145,13 @@ class Updater:
         """Refuse slots whose earlier iterations went elsewhere: they could not be told from lost ones."""
         known = self.plan.first_step if self._journal.next is None else self._journal.next
         bridged = max(self._manifest.snapshots_of(self._attempt), default=0) + 1
-        began = self._loading is not None or self._shadow is None or self._shadow.reached is not None
+        began = self._stepping is None or self._stepping.loading or self._stepping.reached is not None
         if known < self._next <= bridged:
             # A snapshot stands for what the disk did not take; the note of it was lost.
             self._journal.note_unlogged(self._next - 1, "volatile", "disk")
         elif self._next > known and self.slots.volatile_from:
             # They were applied while the disk took nothing, and went with the process that had applied them.
             self._journal.note_unlogged(self._next - 1, "incomplete", "disk")
-            self.slots.volatile_from = 0
         elif self._next > known or (
             self._next > 0 and self.plan.first_iteration == 0 and not began and 0 not in self._prior
         ):
@@ -193,6 +159,7 @@ class Updater:
                 f"{self.folder}: ends before iteration {known}, but the slot file has given back everything before {self._next}; "
                 "use the directory that took those, or begin both anew"
             )
+        self.slots.volatile_from = 0
 
     # -- polling ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +171,7 @@ class Updater:
                 corrupt.
             FlowCheckError: the disk refuses the very first snapshot.
         """
-        self._load_finished(0.0)
+        self._load(0.0)
         done = self._look_after_snapshots()
         if self._is_settled() and not self._is_held():
             if self._next == 0:
@@ -226,24 +193,25 @@ class Updater:
         return self._snapshots.busy and (self._next == 0 or self._bridging)
 
     def _take_initial(self) -> int:
-        if not self._load_finished(None):
-            return 0
-        path = self._manifest.folder / self._manifest.snapshot_name(self._attempt, 0)
+        self._load(None)
+        shadow = self._stepping.shadow
         if not self._decisions.is_whole(0):
-            if 0 not in self._prior and self._shadow.reached is None:
+            if 0 not in self._prior and shadow.reached is None:
                 facts = self._decisions.incomplete(0, self.plan.initial_bytes)
                 self._journal.note(log_format.INCOMPLETE, 0, 0, facts)
                 self._journal.commit()
-        elif self._shadow.reached is None:
-            self._shadow.begin_from_broadcast(self.slots.gradient(0))
+        elif shadow.reached is None:
+            shadow.begin_from_broadcast(self.slots.gradient(0))
             self._publish_state()
             if self._snapshots.busy:
                 return 1
-        elif (self._attempt, 0) in self._manifest.snapshots:  # else the shadow has begun from a base
+        elif (
+            name := self._manifest.snapshots.get((self._attempt, 0))
+        ) is not None:  # else the shadow has begun from a base
             from updater.shadow import load_snapshot
 
             first = load_snapshot(self._manifest, self._attempt, 0)
-            self._shadow.compare_broadcast(first, self.slots.gradient(0), path)
+            shadow.compare_broadcast(first, self.slots.gradient(0), self.folder / name)
         self._given_back(0)
         return 1
 
@@ -263,8 +231,8 @@ class Updater:
             entry = entries.get(decision.iteration)
             if entry is None and not self._apply_volatile(decision):
                 break
-            if entry is not None:
-                self._apply(decision, entry)
+            if entry is not None and self._stepping is not None:
+                self._stepping.apply(decision, entry)
             self._counters["whole" if decision.whole else "incomplete"] += 1
             self._given_back(decision.iteration)
             taken += 1
@@ -278,7 +246,7 @@ class Updater:
         """
         batch: list[Decision] = []
         number = self._next
-        following = self._shadow is not None and self._shadow.follows(number)
+        following = self._follows(number)
         while (
             number < self.slots.settled_next
             and len(batch) < _MOST_AT_ONCE
@@ -304,14 +272,17 @@ class Updater:
                     self._journal.compare(prior, decision)
                     entries[iteration] = prior
                     continue
-                if decision.whole and self._shadow is not None and self._shadow.follows(iteration):
-                    self._audit(iteration, decision.number, decision.parts[-1], decision.step)
+                # Also of a state that has diverged: the disk may have refused to note that.
+                if decision.whole and self.reached == iteration - 1:
+                    self._stepping.audit(iteration, decision.number, decision.parts[-1], decision.step)
                 self._journal.append(decision)
             except DiskError as error:
                 problem = error
                 break
         try:
             logged = self._journal.commit()
+            if self._stepping is not None and logged:
+                self._stepping.noted()
         except DiskError as error:
             logged, problem = {}, error
         for iteration in entries:
@@ -323,92 +294,29 @@ class Updater:
             self._refuse(problem, min(d.iteration for d in batch if d.iteration not in entries))
         return entries
 
-    def _apply(self, decision: Decision, entry: Entry) -> None:
-        """Step by an iteration that is committed, or keep in mind that it is to be stepped."""
-        if not self.plan.has_model:
-            return
-        logged = entry.header.kind == log_format.GRADIENT
-        if logged and decision.whole and self._shadow is not None and self._shadow.follows(decision.iteration):
-            self._step(decision)
-        elif self._shadow is None or self._shadow.reached is None or decision.iteration > self._shadow.reached:
-            self._unapplied.append(entry)
-
-    def _step(self, decision: Decision) -> None:
-        self._shadow.apply(decision.iteration, decision.data, decision.revision, decision.step)
-        self._counters["applied"] += 1
-
-    def _audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
-        """Hold the state before a step against the digests in its record, and note what was found."""
-        if step is None or not step.audited or iteration in self._audited:
-            return
-        alarms = self._shadow.audit(record.view("<f4"))
-        if alarms is None:
-            return
-        kind = log_format.ALARM if alarms else log_format.AUDITED
-        if self._shadow.diverged:
-            kind = log_format.DIVERGED
-            self._diverged.add(iteration)
-        for alarm in alarms:
-            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
-            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
-            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
-        self._journal.note(kind, iteration, number, {"alarms": alarms})
-
     # -- a state that is behind -------------------------------------------------------------------------------------
 
-    def _behind(self) -> bool:
-        """Whether the state is not that after the last iteration taken."""
-        if self._shadow is None:
-            return False
-        if self._shadow.reached is None:
-            return self._next > self.plan.first_iteration
-        return self._shadow.diverged or self._shadow.reached + 1 < self._next
+    def _follows(self, iteration: int) -> bool:
+        return self._stepping is not None and self._stepping.follows(iteration)
+
+    def _step_from_log(self) -> int:
+        return 0 if self._stepping is None else self._stepping.step_from_log()
 
     def _catch_up(self, *, waiting: bool = False) -> int:
         """Step one iteration of the log that follows the state; look for a base where one is of use.
 
-        So it is where the next iteration is `waiting` for something that may never come.
+        So it is where the next iteration is `waiting` for something that may never come. A state that is not bit exact goes on from
+        any base that is newer than the one it came from.
         """
         if self._step_from_log():
             return 1
-        if self._shadow is None or (self._manifest.latest.bit_exact and not waiting and not self._behind()):
+        if self._stepping is None or self._stepping.loading:
             return 0
-        return self._rebase()
-
-    def _step_from_log(self) -> int:
-        """Step the next iteration if the log holds it; returns 1, or 0."""
-        shadow = self._shadow
-        if shadow is None or shadow.reached is None:
+        reached, exact = self._stepping.reached, self._manifest.latest.bit_exact
+        if (exact and not waiting and not self._stepping.behind(self._next)) or not self._stepping.is_noted:
             return 0
-        while self._unapplied and self._unapplied[0].header.iteration <= shadow.reached:
-            self._unapplied.popleft()
-        if not self._unapplied:
-            return 0
-        entry = self._unapplied[0]
-        iteration = entry.header.iteration
-        if entry.header.kind != log_format.GRADIENT or not shadow.follows(iteration) or iteration in self._diverged:
-            shadow.diverged |= iteration in self._diverged and shadow.follows(iteration)
-            return 0
-        data, record, step = shadow.read(entry, self._manifest.identities)
-        try:
-            self._audit(iteration, entry.header.revision, record, step)
-            self._journal.commit()
-        except DiskError as error:
-            _log.warning("an audit is not noted: %s", error)
-        if not shadow.diverged:
-            shadow.apply(iteration, data, self.plan.revision(iteration), step)
-            self._unapplied.popleft()
-            self._counters["applied"] += 1
-            self._measure()
-        return 1
-
-    def _rebase(self) -> int:
-        """Go on from the earliest base that is further than the state; 0 if there is none.
-
-        A state that is not bit exact goes on from any base that is newer than the one it came from.
-        """
-        reached = -1 if self._shadow.reached is None else self._shadow.reached
-        if not self._manifest.latest.bit_exact:
+        reached = -1 if reached is None else reached
+        if not exact:
             reached = min(reached, max(self._manifest.snapshots_of(self._attempt), default=-1))
         base = self._inbox.base(reached)
         if base is None:
@@ -419,46 +327,16 @@ class Updater:
     @property
     def reached(self) -> int | None:
         """The iteration that the state is that after; None while there is none."""
-        return None if self._shadow is None else self._shadow.reached
+        return self._stepping and self._stepping.reached
 
     def go_on_from(self, base: Base) -> None:
         """Take a full state of the trainer in place of the state; what the log has of later iterations is then stepped by `poll`."""
-        self._load_finished(None)
+        self._load(None)
         if self._snapshots.busy:
             self._look_after_snapshots(wait=True)
-        self._left = self._shadow.rebase(base)
-        self._counters["bases"] += 1
-        # What was stepped before and is further than the base is stepped again, from the base's own bits.
-        self._read_log()
+        self._stepping.go_on_from(base)
         self._publish_state()
-        self._measure()
-
-    def _measure(self) -> None:
-        """Once the state has come from a base to where it was before, note how far apart the two are."""
-        if self._left is None or self._shadow.reached < self._left[1]:
-            return
-        (left, iteration), self._left = self._left, None
-        if self._shadow.reached != iteration or self._journal.next is None:
-            return
-        from updater.state_difference import differences
-
-        found = differences((left.model, left.optimizer.state_dict()), self._shadow.parts)
-        furthest = max(found, key=lambda row: row["max_ulp"], default={"name": None, "max_ulp": 0})
-        record = self.plan.shard.step_record
-        limit = record.audit.max_ulp if record else None
-        over = limit is not None and furthest["max_ulp"] > limit
-        if over:
-            _log.warning("at iteration %d the state was %d ULPs from the trainer's", iteration, furthest["max_ulp"])
-        facts = {"at": iteration, "max_ulp": furthest["max_ulp"], "tensor": furthest["name"], "over_limit": over}
-        try:
-            self._journal.note(log_format.MEASURED, self._journal.next, 0, facts)
-            self._journal.commit()
-        except DiskError as error:
-            _log.warning("a distance is not noted: %s", error)
-
-    def _has_non_finite(self, data: np.ndarray, revision: object) -> bool:
-        self._load_finished(None)
-        return self._shadow.has_non_finite(data, revision)
+        self._stepping.measure()
 
     # -- snapshots --------------------------------------------------------------------------------------------------
 
@@ -468,11 +346,12 @@ class Updater:
         Raises:
             DiskError: the disk refuses the attempt's very first one, without which nothing can be committed.
         """
-        if self._shadow.state_bytes > _SMALL_BYTES:
-            self._snapshots.begin(self._shadow.state(), self._journal.written_bytes)
+        shadow = self._stepping.shadow
+        if shadow.state_bytes > _SMALL_BYTES:
+            self._snapshots.begin(shadow.state(), self._journal.written_bytes)
             return
         try:
-            self._snapshots.publish_now(self._shadow.state(), self._journal.written_bytes)
+            self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
         except DiskError as error:
             if not self._manifest.snapshots_of(self._attempt):
                 raise
@@ -480,8 +359,8 @@ class Updater:
 
     def _begin_snapshot(self) -> None:
         """Begin a snapshot if one is due, or if the disk may take one again after it took nothing."""
-        shadow = self._shadow
-        if shadow is None or shadow.reached is None or shadow.diverged or shadow.reached + 1 != self._next:
+        shadow = self._stepping and self._stepping.shadow
+        if shadow is None or not shadow.follows(self._next):
             return
         if self._volatile_from is not None:
             if self._volatile_from < self._next and time.monotonic() >= self._retry_at:
@@ -504,12 +383,14 @@ class Updater:
             return 0
         if self._bridging:
             self._log_again(iteration)
-        self._prune()
+        self._prune(iteration)
         return 1
 
-    def _prune(self) -> None:
+    def _prune(self, verified: int) -> None:
+        """Remove what retention lets go, now that a snapshot was read back and found right."""
+        rules = self.plan.checkpoints.retention
         try:
-            removed = retention.prune(self.folder, self._manifest, self.plan.checkpoints.retention)
+            removed = retention.prune(self.folder, self._manifest, rules, verified=(self._attempt, verified))
         except (DiskError, CheckpointError) as error:
             _log.warning("nothing is removed: %s", error)
             return
@@ -529,27 +410,32 @@ class Updater:
 
     def _apply_volatile(self, decision: Decision) -> bool:
         """Step by an iteration that is not in the log; False where that cannot be: then its slot keeps it."""
-        possible = self._shadow is not None and decision.whole and self._shadow.follows(decision.iteration)
+        possible = decision.whole and self._follows(decision.iteration)
         if possible and decision.step is not None and decision.step.audited:
-            self._shadow.audit(decision.parts[-1].view("<f4"))
-            possible = not self._shadow.diverged
+            self._stepping.shadow.audit(decision.parts[-1].view("<f4"))
+            possible = not self._stepping.shadow.diverged
         if not possible:
             if self._volatile_from == decision.iteration and time.monotonic() >= self._retry_at:
                 self._logging = True  # nothing is lost yet: try the log itself
             return False
-        self._step(decision)
+        self._stepping.step(decision)
         self._counters["volatile"] += 1
         return True
 
     def _try_again(self) -> None:
         """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there."""
         self._retry_at = time.monotonic() + _RETRY_S
-        if not self._snapshots.busy:
-            try:
-                self._snapshots.begin(self._shadow.state(), self._journal.written_bytes)
+        shadow = self._stepping.shadow
+        try:
+            if shadow.state_bytes <= _SMALL_BYTES:
+                # At once: a process of low priority may take longer than the slots can wait.
+                self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
+                self._log_again(shadow.reached)
+            elif not self._snapshots.busy:
+                self._snapshots.begin(shadow.state(), self._journal.written_bytes)
                 self._bridging = True
-            except FlowCheckError as error:
-                _log.warning("still volatile: %s", error)
+        except FlowCheckError as error:
+            _log.warning("still volatile: %s", error)
 
     def _log_again(self, reached: int) -> None:
         """Go on with the log behind a snapshot of the reached iteration, or where nothing was applied without it."""
@@ -570,28 +456,19 @@ class Updater:
         """Whether no iteration follows those that were taken, and nothing that was taken is left to do."""
         if not self.slots.ended or self._next is None or self._is_settled():
             return False
-        if self._loading is not None or self._snapshots.busy or self._can_step():
+        if self._snapshots.busy or (self._stepping is not None and (self._stepping.loading or self._stepping.can_step)):
             return False
         if self._volatile_from is None:
             return True
         self._patience_ends = self._patience_ends or time.monotonic() + _END_PATIENCE_S
         return time.monotonic() > self._patience_ends
 
-    def _can_step(self) -> bool:
-        shadow = self._shadow
-        if not self._unapplied or shadow is None or shadow.reached is None or shadow.diverged:
-            return False
-        entry = self._unapplied[0]
-        number = entry.header.iteration
-        return number <= shadow.reached or (
-            entry.header.kind == log_format.GRADIENT and shadow.follows(number) and number not in self._diverged
-        )
-
     def counters(self) -> dict[str, int]:
         """Return what this process did: iterations by outcome, bytes logged and removed, bytes that a DMA engine copied."""
         engine = {name: getattr(self._snapshots, name) for name in ("engine_bytes", "engine_failed")}
+        stepped = {name: getattr(self._stepping, name, 0) for name in ("applied", "bases")}
         return {
-            **self._counters, "logged_bytes": self._journal.written_bytes, "snapshots_failed": self._snapshots.failed, **engine,
+            **self._counters, **stepped, "logged_bytes": self._journal.written_bytes, "snapshots_failed": self._snapshots.failed, **engine,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -602,10 +479,10 @@ class Updater:
         """
         if self._lock < 0:
             return
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        if self._stepping is not None:
+            self._stepping.close()
         try:
-            ended = self.finished
-            if ended and self._shadow is not None:
+            if self.finished and self._stepping is not None:
                 self._end()
             if self._journal is not None:
                 self._journal.close()
@@ -617,11 +494,11 @@ class Updater:
             self._lock = -1
 
     def _end(self) -> None:
-        shadow = self._shadow
+        shadow = self._stepping.shadow
         if shadow.reached is None or shadow.diverged:
             return
         if self._volatile_from is not None and shadow.reached >= (self._journal.next or 0):
             self._journal.note_unlogged(shadow.reached, "volatile", self._refused)
         self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
         self.slots.volatile_from = 0
-        self._prune()
+        self._prune(shadow.reached)

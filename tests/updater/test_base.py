@@ -3,8 +3,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from flowcheck import capture
 from flowcheck.formats import SLOT
 from flowcheck.replay import replay
+from tests.commands import flowcheck
 from tests.pipeline.recordings import recorded, same, streams
 from updater.directory import Directory
 from updater.model_state import bytes_of
@@ -25,13 +24,6 @@ from workload_gen.pcapng import PcapngWriter
 
 pytestmark = pytest.mark.dpdk
 ITERATIONS, LOST = 12, (4, 9)
-
-
-def flowcheck(*words, status=0):
-    command = [sys.executable, "-m", "flowcheck", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
 
 
 def truth(folder, iteration):

@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 
-from flowcheck.cli import main
 from flowcheck.errors import CheckpointError
+from tests.commands import in_process
 from tests.pipeline.recordings import same
 from tests.updater import job as jobs
 from updater.listing import listing
@@ -140,11 +139,6 @@ def test_a_flipped_bit_is_found_and_never_restored(job, out, needed, count):
             problem.add_note(f"bit {bit} of byte {at} of {name} was flipped")
             raise
     assert content(out) == before and verify(out)["ok"]
-
-
-def in_process(*words):
-    done = CliRunner().invoke(main, [*map(str, words)], prog_name="flowcheck", catch_exceptions=False)
-    return done.exit_code, done.stdout, done.stderr
 
 
 def as_a_process(*words):

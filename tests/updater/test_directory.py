@@ -3,8 +3,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from flowcheck.errors import CheckpointError, ConfigError, RestoreError
+from tests.commands import flowcheck
 from tests.fixtures import directory_v1
 from tests.pipeline.recordings import same
 from tests.updater.small import Slots, Truth, make_plan, open_updater, run
@@ -21,14 +20,6 @@ from updater.listing import listing
 from updater.restore import restore, states_after
 from updater.shadow import Shadow
 from updater.verify import verify
-
-
-def flowcheck(*words, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "flowcheck", *map(str, words)], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
 
 
 def make(tmp_path, last=20, lost=(), **options):
