@@ -13,6 +13,7 @@ from flowcheck.errors import RestoreError
 from tests.pipeline.recordings import same
 from tests.updater import power
 from tests.updater.audited import Run, give, make_plan, notes, states
+from updater.directory import Directory
 from updater.durable import Disk
 from updater.listing import listing
 from updater.restore import restore
@@ -153,6 +154,35 @@ def test_no_base_is_taken_before_the_log_says_that_the_state_is_no_ranks(shm, fu
     assert same(restore(shadow.out, 11), run.truth[11]) == [] and same(restore(shadow.out), run.ranks[LAST]) == []
     with pytest.raises(RestoreError, match="12"):
         restore(shadow.out, 12)
+
+
+@pytest.mark.parametrize("base", [None, 12, 13])
+def test_a_state_that_diverges_while_the_disk_takes_nothing_does_not_stop_the_log(shm, full, base):
+    run, bases = meddled({0, 1, 2}), shm / "states"
+    shadow = run.shadow(shm, bases=[bases])
+    shadow.bring(8)
+    full.full = True
+    shadow.slots.settled_next = 15
+    shadow.until(lambda: shadow.updater.reached == 11)
+    if base:
+        give(run.ranks[base], base, bases)
+        shadow.until(lambda: shadow.updater.counters()["bases"])
+    full.full = False
+    shadow.bring(19)
+    expected = {i: "committed" if i < 9 else "volatile" if i < 12 else "waiting" for i in range(1, 20)}
+    if base is None:
+        assert states(shadow.out) == expected and notes(shadow.out) == EVERY_RANK
+        base = 18
+        give(run.ranks[base], base, bases)
+        shadow.until(lambda: shadow.updater.counters()["bases"])
+    shadow.bring(LAST)
+    shadow.end()
+    found = states(shadow.out)
+    assert {i for i in found if found[i] == "committed"} <= {*range(1, 9), *range(base + 1, LAST + 1)}
+    for iteration in Directory(shadow.out).restorable():
+        truth = run.truth if iteration < 12 else run.ranks
+        assert same(restore(shadow.out, iteration), truth[iteration]) == [], iteration
+    assert restore(shadow.out)["iteration"] == LAST
 
 
 def test_an_alarm_that_cannot_be_noted_while_behind_is_noted_when_the_disk_takes_it(shm, full):
