@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowcheck import attempts, describe
 from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
+from flowcheck.optimizer_state import load_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def _check_origin(path: Path, state: dict[str, Any]) -> None:
 def _fill(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], url: str | Path) -> None:
     try:
         getattr(model, "module", model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise ConfigError(f"{url}: does not fit this model and optimizer: {' '.join(str(error).split())}") from error
 

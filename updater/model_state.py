@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.optimizer_state import load_optimizer
 from flowcheck.plan import DTYPE_BYTES, Plan, Revision
 from flowcheck.step_record import Step
 
@@ -152,7 +153,7 @@ class ModelState:
     def load_optimizer(self, optimizer: dict, origin: str) -> None:
         """Take the optimizer's state; CheckpointError if it does not fit the plan's groups."""
         try:
-            self.optimizer.load_state_dict(optimizer)
+            load_optimizer(self.optimizer, optimizer)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{origin}: the optimizer's state does not fit the plan: {error}", origin) from error
 

@@ -140,6 +140,15 @@ class Stepping:
         self.shadow.apply(decision.iteration, decision.data, decision.revision, decision.step)
         self.applied += 1
 
+    def hold(self, iteration: int, record: np.ndarray) -> list[dict] | None:
+        """Hold the state before a step against the digests in its record; return the alarms, None if it cannot be held."""
+        alarms = self.shadow.audit(record.view("<f4"))
+        for alarm in alarms or ():
+            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
+            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
+            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
+        return alarms
+
     def audit(self, iteration: int, number: int, record: np.ndarray, step: Step | None) -> None:
         """Hold the state before a step against the digests in its record, and append a note of what was found, once.
 
@@ -147,7 +156,7 @@ class Stepping:
         """
         if step is None or not step.audited or iteration in self._audited:
             return
-        alarms = self.shadow.audit(record.view("<f4"))
+        alarms = self.hold(iteration, record)
         self._held_before = iteration
         if alarms is None:
             return
@@ -155,10 +164,6 @@ class Stepping:
         if self.shadow.diverged:
             kind = log_format.DIVERGED
             self._unnoted = iteration
-        for alarm in alarms:
-            rank = "every rank" if alarm["rank"] is None else f"rank {alarm['rank']}"
-            names = f"{alarm['tensors'][0]} to {alarm['tensors'][-1]}"
-            _log.warning("audit of iteration %d: %s has other bits than the shadow in %s", iteration, rank, names)
         self._journal.note(kind, iteration, number, {"alarms": alarms})
 
     def noted(self) -> None:

@@ -363,11 +363,12 @@ class Updater:
     def _begin_snapshot(self) -> None:
         """Begin a snapshot if one is due, or if the disk may take one again after it took nothing."""
         shadow = self._stepping and self._stepping.shadow
-        if shadow is None or not shadow.follows(self._next):
-            return
+        follows = shadow is not None and shadow.follows(self._next)
         if self._volatile_from is not None:
             if self._volatile_from < self._next and time.monotonic() >= self._retry_at:
-                self._try_again()
+                self._try_again(bridge=follows)
+        elif not follows:
+            return
         elif self._snapshots.due(shadow.reached, self._journal.written_bytes, shadow.state_bytes):
             self._snapshots.begin(shadow.state(), self._journal.written_bytes)
             self._journal.rotate()
@@ -415,7 +416,7 @@ class Updater:
         """Step by an iteration that is not in the log; False where that cannot be: then its slot keeps it."""
         possible = decision.whole and self._follows(decision.iteration)
         if possible and decision.step is not None and decision.step.audited:
-            self._stepping.shadow.audit(decision.parts[-1].view("<f4"))
+            self._stepping.hold(decision.iteration, decision.parts[-1])
             possible = not self._stepping.shadow.diverged
         if not possible:
             if self._volatile_from == decision.iteration and time.monotonic() >= self._retry_at:
@@ -425,9 +426,16 @@ class Updater:
         self._counters["volatile"] += 1
         return True
 
-    def _try_again(self) -> None:
-        """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there."""
+    def _try_again(self, *, bridge: bool) -> None:
+        """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there.
+
+        Where the state can be no `bridge` to the next iteration (an audit found that it is no rank's, or a base is further), log
+        what follows all the same: it waits for a base.
+        """
         self._retry_at = time.monotonic() + _RETRY_S
+        if not bridge:
+            self._log_again(self._next - 1)
+            return
         shadow = self._stepping.shadow
         try:
             if shadow.state_bytes <= _SMALL_BYTES:

@@ -12,6 +12,7 @@ import torch
 
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError
+from flowcheck.restart import load
 from updater import arithmetic
 from updater.model_state import ModelState
 from updater.snapshot import State, read_state, write_state
@@ -198,6 +199,47 @@ def test_a_snapshot_brings_every_state_back(tmp_path, kind):
     for key, value in ended.state_dict()["state"][0].items():
         other = optimizer.state_dict()["state"][0][key]
         assert bits(torch.as_tensor(other)) == bits(torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_who_goes_on_from_a_snapshot_has_the_bits_of_one_that_never_stopped(tmp_path, kind, dtype):
+    """The shadow, and a trainer that loads it; also where an optimizer keeps something in another dtype than its parameter's."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in OPTIONS[kind][-1].items()}
+    plan = make_plan(kind, "default", OPTIONS[kind][-1], dtype)
+    generator = torch.Generator().manual_seed(5)
+    values = {n: torch.randn(s, generator=generator).to(getattr(torch, dtype)) for n, s in SHAPES.items()}
+    slots = []
+    for _ in range(8):
+        flat = torch.randn(plan.slot_bytes, generator=generator).to(getattr(torch, dtype)).view(torch.uint8)
+        slots.append(flat.numpy()[: plan.slot_bytes].copy())
+    whole, again = ModelState(plan), ModelState(plan)
+    whole.load_model({**values, "tied": values["a"]}, "the test")
+    for slot in slots[:5]:
+        whole.step(slot, plan.revision(1))
+    saved = State("run", 1, 5, True, {}, whole.model, whole.optimizer.state_dict())
+    write_state(tmp_path / "s.h5", saved)
+    again.load_state(found := read_state(tmp_path / "s.h5"), "the test")
+
+    torch.save({"model": found.model, "optimizer": found.optimizer, "iteration": 5}, tmp_path / "s.pt")
+    trainer = torch.nn.ParameterDict({n: torch.empty_like(v) for n, v in values.items()})
+    trainer["tied"] = trainer["a"]
+    groups = [[trainer["a"], trainer["b"]], [trainer["d"], trainer["c"]]]
+    optimizer = getattr(torch.optim, kind)([{"params": group} for group in groups], **options)
+    assert load(trainer, optimizer, tmp_path / "s.pt") == 5
+    for slot in slots[5:]:
+        whole.step(slot, plan.revision(1))
+        again.step(slot, plan.revision(1))
+        for name, gradient in again._gradients(slot, plan.revision(1)):
+            trainer[name].grad = gradient.clone()
+        optimizer.step()
+    for other, state in ((again.model, again.optimizer.state_dict()), (trainer, optimizer.state_dict())):
+        assert all(bits(other[name]) == bits(whole.model[name]) for name in SHAPES)
+        for number, entries in whole.optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    assert state["state"][number][key].dtype == value.dtype, key
+                    assert bits(state["state"][number][key]) == bits(value), key
 
 
 def test_another_arithmetic_is_not_called_exact():
