@@ -25,7 +25,7 @@ import numpy as np
 from updater import durable
 from updater import log_format as form
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish, write_all
-from updater.log_reader import Entry, Segment, segment_name, segment_numbers
+from updater.log_reader import Entry, Segment, read_facts, segment_name, segment_numbers
 
 __all__ = ["SEGMENT_BYTES", "Closed", "LogWriter", "recover"]
 
@@ -38,7 +38,8 @@ def recover(folder: Path, identities: Collection[bytes], closed_to: int) -> list
     """Make the segments behind the closed ones what they count as from now on; return their names, oldest first.
 
     Whole records behind a mark stay and are synced, what else lies there is cut off. Where a sync had failed, the same
-    records lie behind one segment's mark and at the start of the next: the later ones count.
+    records lie behind one segment's mark and at the start of the next: the later ones count, and so does a note that says that
+    they were not logged.
 
     Raises:
         CheckpointError: a segment is corrupt below its mark.
@@ -49,9 +50,14 @@ def recover(folder: Path, identities: Collection[bytes], closed_to: int) -> list
     for number in reversed(numbers):
         following[number] = known
         with Segment(folder / segment_name(number), identities) as segment:
-            decided = (e for e in (*segment.entries(), *segment.uncommitted()) if e.header.kind in form.DECIDED)
-            if first := next(decided, None):
-                known = first.header.iteration
+            for entry in (*segment.entries(), *segment.uncommitted()):
+                if entry.header.kind == form.VOLATILE:
+                    known = read_facts(entry, identities)["from"]
+                elif entry.header.kind in form.DECIDED:
+                    known = entry.header.iteration
+                else:
+                    continue
+                break
     for number in numbers:
         _recover(folder / segment_name(number), identities, following[number])
     return [segment_name(number) for number in numbers]

@@ -267,7 +267,7 @@ class Updater:
         if not self._logging:
             return {}
         entries: dict[int, Entry] = {}
-        problem = None
+        problem, audited = None, False
         for decision in batch:
             iteration = decision.iteration
             try:
@@ -278,13 +278,14 @@ class Updater:
                 # Also of a state that has diverged: the disk may have refused to note that.
                 if decision.whole and self.reached == iteration - 1:
                     self._stepping.audit(iteration, decision.number, decision.parts[-1], decision.step)
+                    audited = True
                 self._journal.append(decision)
             except DiskError as error:
                 problem = error
                 break
         try:
             logged = self._journal.commit()
-            if self._stepping is not None and logged:
+            if audited:
                 self._stepping.noted()
         except DiskError as error:
             logged, problem = {}, error

@@ -88,7 +88,7 @@ def _examine(out, job, rng, gaps):
 
     there, report = sorted(go_on(job, out)), listing(out)
     rows = [row["iteration"] for row in report["iterations"]]
-    assert rows == list(range(rows[0], rows[-1] + 1)) if rows else True
+    assert rows == list(range(rows[0], rows[-1] + 1)) if rows else True, rows
     assert {row["state"] for row in report["iterations"]} <= ({"committed", "volatile"} if gaps else {"committed"})
     found = verify(out)
     assert found["ok"], found["problems"]
