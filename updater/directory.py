@@ -235,12 +235,14 @@ class Directory:
         An alarm: `iteration` whose record showed it, `audited_to` before, `tensors` of the group, `rank` (None: all, or
         several), and whether the `shadow` has another state than the trainers.
         """
-        audited_to, alarms = None, []
+        audited_to, alarms = self.manifest.audited_to, list(self.manifest.alarms)
+        told = {(alarm["iteration"], alarm["shadow"]) for alarm in alarms}
         for entry in self._notes((form.AUDITED, form.ALARM, form.DIVERGED)):
-            if entry.header.kind in (form.ALARM, form.DIVERGED):
+            shadow = entry.header.kind == form.DIVERGED
+            if entry.header.kind in (form.ALARM, form.DIVERGED) and (entry.header.iteration, shadow) not in told:
                 rows = read_facts(entry, self.manifest.identities)["alarms"]
                 known = {"iteration": entry.header.iteration, "audited_to": audited_to}
-                alarms += [{**known, **row, "shadow": entry.header.kind == form.DIVERGED} for row in rows]
+                alarms += [{**known, **row, "shadow": shadow} for row in rows]
             if entry.header.kind in (form.AUDITED, form.ALARM):
                 audited_to = entry.header.iteration - 1
         return audited_to, alarms

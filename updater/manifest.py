@@ -57,6 +57,7 @@ class Manifest:
         closed_to: the highest number of a segment of the log that was ever closed; behind it lie those that may still grow.
         pinned: (attempt, iteration) that retention keeps.
         numbers: which snapshot of the directory a published one was, from 1, by file name.
+        audited_to, alarms: what audits had found (`Directory.audits`) when notes of them were last removed.
     """
 
     folder: Path
@@ -67,6 +68,8 @@ class Manifest:
     closed_to: int = 0
     pinned: set[tuple[int, int]] = field(default_factory=set)
     numbers: dict[str, int] = field(default_factory=dict)
+    audited_to: int | None = None
+    alarms: list[dict] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -120,6 +123,8 @@ class Manifest:
             int(document["closed_to"]),
             pinned,
             numbers,
+            document["audited_to"],
+            list(document["alarms"]),
         )
 
     def store(self) -> None:
@@ -142,6 +147,8 @@ class Manifest:
             "closed_to": self.closed_to,
             "pinned": sorted(map(list, self.pinned)),
             "numbers": self.numbers,
+            "audited_to": self.audited_to,
+            "alarms": self.alarms,
             "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in self.files.items()},
         }
         document["digest"] = hashlib.sha256(_encode(document)).hexdigest()
@@ -250,5 +257,7 @@ def _from_1(document: dict) -> dict:
         "attempts": [{**attempt, "plan": _PLAN_1, "resumed": None}],
         "closed_to": max(numbers, default=0),
         "pinned": [],
+        "audited_to": None,
+        "alarms": [],
         "numbers": {name: n for n, name in enumerate(sorted(filter(_SNAPSHOT_1.fullmatch, document["files"])), 1)},
     }

@@ -192,10 +192,13 @@ def prune(
     """
     if rules == Retention():
         return []
-    names = removable(Directory(folder), rules, verified)
+    directory = Directory(folder)
+    names = removable(directory, rules, verified)
     rows = [{"file": name, "bytes": manifest.files[name][0]} for name in names]
     if rows and not dry_run:
         before = dict(manifest.files), dict(manifest.numbers)
+        # Notes of audits go with their segments; what they say stays.
+        manifest.audited_to, manifest.alarms = directory.audits
         for name in names:
             manifest.remove(name)
         try:

@@ -217,3 +217,17 @@ def test_bits_that_flip_by_lot_are_found_at_the_next_audit(shm, check):
     found = sum(check(number, shm / str(number)) for number in range(100, 300))
     print(f"{check.__name__}: 200 flips, {found} there at the next audit and found, the others rounded away by then")
     assert found > 150
+
+
+def test_what_audits_found_stays_when_their_notes_are_removed(shm):
+    plan = make_plan(checkpoints={"snapshot_iterations": 4, "retention": {"last_iterations": 3}})
+    run, (rank, *_) = flipped((plan, 30), 5, random.Random(1), everywhere=False)
+    shadow = run.shadow(shm)
+    for iteration in range(1, 31):
+        shadow.bring(iteration)
+        shadow.until(lambda: not shadow.updater._snapshots.busy)
+    shadow.end()
+    report = listing(shadow.out)
+    assert report["iterations"][0]["iteration"] > 12 and report["audited_to"] > 20
+    assert {alarm["rank"] for alarm in report["alarms"]} == {rank}
+    assert [alarm["iteration"] for alarm in report["alarms"]] == sorted({a["iteration"] for a in report["alarms"]})
