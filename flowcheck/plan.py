@@ -653,6 +653,7 @@ class Plan(_Model):
     complete: bool = True
     checkpoints: Checkpoints = Checkpoints()
     slots: Annotated[int, Field(ge=3, le=64)] = 4
+    ring_bytes: Annotated[int, Field(ge=1 << 16, lt=2**44)] = 16 << 20
     silence_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 5000
 
     @model_validator(mode="after")

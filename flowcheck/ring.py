@@ -25,7 +25,6 @@ __all__ = ["PacketRing"]
 #: Bytes of headers around an MTU of payload: Ethernet with four tags, IPv6 with some extension headers, UDP, BTH,
 #: RETH, immediate, pad and ICRC.
 FRAME_HEADROOM = 192
-RING_BYTES = 16 << 20
 #: A mirror cannot be told to wait: what the extractor has not taken yet must have room for so many iterations.
 ITERATIONS_HELD = 2
 PARSE_STATE_BYTES = 65536
@@ -126,7 +125,7 @@ class PacketRing:
 
     @classmethod
     def for_stream(cls, path: str | Path, plan: Plan, stream: str, records: int | None = None) -> PacketRing:
-        """Open the ring of a plan's stream, or make it: with records for the plan's MTU, enough for two iterations.
+        """Open the ring of a plan's stream, or make it: with records for the plan's MTU, as many as its `ring_bytes` hold, enough for two iterations.
 
         RingFormatError or ConfigError if the file is something else, or the ring of another job or stream.
         """
@@ -134,7 +133,7 @@ class PacketRing:
         frame_bytes = plan.shard.layout.mtu + FRAME_HEADROOM
         if records is None:
             least = ITERATIONS_HELD * frames_per_iteration(plan, stream)
-            records = max(256, 1 << ((RING_BYTES // frame_bytes).bit_length() - 1), 1 << (least - 1).bit_length())
+            records = max(256, 1 << ((plan.ring_bytes // frame_bytes).bit_length() - 1), 1 << (least - 1).bit_length())
         if not path.exists():
             return cls.create(path, frame_bytes=frame_bytes, records=records, identity=identity, stream=stream)
         ring = cls.open(path, identity)

@@ -177,7 +177,7 @@ def _document(
     first_buckets = loaded.thrown_away if loaded else []
     thrown_away = describe.thrown_away_operations(model, first_buckets, on_wire) if first_buckets else []
     first = [describe.bucket(parameters, bucket, on_wire) for bucket in buckets or describe.first_buckets(model)]
-    slots = {name: network.pop(name) for name in ("slots", "silence_ms") if name in network}
+    slots = {name: network.pop(name) for name in ("slots", "ring_bytes", "silence_ms") if name in network}
     unknown = set(network) - {"layout", "connections", "streams"}
     if unknown or "layout" not in network:
         what = f"{sorted(unknown)[0]!r} is not known" if unknown else "'layout' is missing"

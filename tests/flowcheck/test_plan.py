@@ -84,6 +84,7 @@ REVISION = (*SHARD, "revisions", 0)
             {"run_id": "r", "world_size": 2, "attempt": 2, "resumed": {"attempt": 1, "iteration": 4}},
             "expected 5",
         ),
+        (("ring_bytes",), 4096, "ring_bytes: found 4096"),
         (("checkpoints",), {"retention": {"last_iterations": 0}}, "last_iterations"),
         ((*SHARD, "startup", 2, "elements"), 4000, "20000 bytes, the broadcasts that carry them 16000"),
         ((*SHARD, "startup", 2, "op"), "all_gather", "all_gather"),
