@@ -237,6 +237,7 @@ def go_on_from(tmp_path, origins, last=80):
     return job.out, attempts.truth
 
 
+@pytest.mark.slow
 def test_a_resumed_attempt_goes_into_the_directory_of_the_one_before(tmp_path):
     out, truth = go_on_from(tmp_path, (9,))
     assert digest(restore(out, 11, attempt=1)) == digest(restore(out, 11)) == truth[11]

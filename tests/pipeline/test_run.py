@@ -167,6 +167,7 @@ def kill_stages(tmp_path, kills, iterations, seed):
     return killed, committed
 
 
+@pytest.mark.slow
 def test_stages_killed_at_random_moments_never_make_a_wrong_iteration(tmp_path):
     _, committed = kill_stages(tmp_path, 6, 200, seed=1)
     assert committed
