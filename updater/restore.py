@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,25 +30,12 @@ Progress = Callable[[int, int], None]
 
 
 def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities: list[bytes]) -> Iterator[int]:
-    """Step a model through consecutive iterations of the log; yields each when it is done.
-
-    The next record is read and checked while one is stepped, by a thread per core: memory holds two.
-    """
-    slots = [np.zeros(plan.slot_bytes, np.uint8) for _ in range(min(2, len(entries)))]
-    form = plan.record_form
-
-    def read(number: int, slot: np.ndarray) -> np.ndarray:
-        read_payload(entries[number], identities, payload_views(slot, plan, plan.revision(number)))
-        return slot
-
-    with ThreadPoolExecutor(1, "read") as reader, ParallelSteps(model) as steps:
-        numbers = list(entries)
-        ahead = reader.submit(read, numbers[0], slots[0]) if numbers else None
-        for place, number in enumerate(numbers):
-            slot = ahead.result()
-            if place + 1 < len(numbers):
-                ahead = reader.submit(read, numbers[place + 1], slots[(place + 1) % 2])
+    """Step a model through consecutive iterations of the log, by a thread per core; yields each when it is done."""
+    slot, form = np.zeros(plan.slot_bytes, np.uint8), plan.record_form
+    with ParallelSteps(model) as steps:
+        for number, entry in entries.items():
             revision = plan.revision(number)
+            read_payload(entry, identities, payload_views(slot, plan, revision))
             record = record_of(slot, plan, revision)
             steps.step(slot, revision, form and form.decode(form.current(record), number))
             yield number
