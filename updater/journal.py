@@ -25,14 +25,26 @@ _RETRY_S = 1.0
 
 
 class Journal:
-    """A log that is appended to: append, note -> commit -> ...; close. One thread.
+    """A log that is appended to: open -> append, note -> commit -> ... -> close. One thread.
 
     Attributes:
         next: the iteration after the last one that the log says anything of; None if it says nothing yet.
     """
 
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, plan: Plan, segment_bytes: int) -> tuple[Journal, list[Entry]]:
+        """Mend the log and go on with it; return it, and what `entries` gives. CheckpointError if what was committed is corrupt."""
+        journal = cls(folder, manifest, plan, segment_bytes)
+        entries = journal.entries()
+        for entry in entries:
+            if entry.header.kind in form.DECIDED:
+                journal.next = entry.header.iteration + 1
+            elif entry.header.kind == form.VOLATILE:
+                journal.next = max(journal.next or 0, entry.header.iteration)
+        return journal, entries
+
     def __init__(self, folder: Path, manifest: Manifest, plan: Plan, segment_bytes: int) -> None:
-        """Mend the log and go on with it; CheckpointError if what was committed is corrupt."""
+        """Mend the log; `open` is the way to make one."""
         self._folder, self._manifest, self._plan = folder / LOG_FOLDER, manifest, plan
         recovered = recover(self._folder, manifest.identities, manifest.closed_to)
         last = max(segments(manifest), default=manifest.closed_to)
@@ -44,11 +56,6 @@ class Journal:
         self._unstored, self._publish_at = False, 0.0
         self.publish()
         self.next: int | None = None
-        for entry in self.entries():
-            if entry.header.kind in form.DECIDED:
-                self.next = entry.header.iteration + 1
-            elif entry.header.kind == form.VOLATILE:
-                self.next = max(self.next or 0, entry.header.iteration)
 
     def entries(self) -> list[Entry]:
         """Return every record of the attempt, in order, by the headers alone."""

@@ -47,8 +47,13 @@ class Stepping:
         bases: full states that were taken.
     """
 
-    def __init__(self, plan: Plan, manifest: Manifest, journal: Journal, plan_folder: Path, *, live: bool) -> None:
-        """Begin to load the state: its newest snapshot that is right, or the file that the plan names."""
+    def __init__(
+        self, plan: Plan, manifest: Manifest, journal: Journal, entries: list[Entry], plan_folder: Path, *, live: bool
+    ) -> None:
+        """Begin to load the state: its newest snapshot that is right, or the file that the plan names.
+
+        `entries` is what the journal has.
+        """
         self.plan, self._manifest, self._journal, self._live = plan, manifest, journal, live
         self.shadow: Shadow | None = None
         self.applied = self.bases = 0
@@ -58,13 +63,12 @@ class Stepping:
             None  # the one at which an audit found that the state is no rank's, until the log says so
         )
         self._retry_at = 0.0
-        self.read_log()
+        self._follow(entries)
         self._loader = ThreadPoolExecutor(1, "load")
         self._loading: Future[Shadow] | None = self._loader.submit(self._load, plan_folder)
 
-    def read_log(self) -> None:
-        """Find what the log has of this attempt."""
-        entries = self._journal.entries()
+    def _follow(self, entries: list[Entry]) -> None:
+        """Find what is to be stepped, and what audits have found."""
         kinds = log_format.DECIDED
         #: What is in the log and not applied.
         self._unapplied = deque(e for e in entries if e.header.kind in kinds and e.header.iteration)
@@ -230,7 +234,7 @@ class Stepping:
         self._left, self._held_before = self.shadow.rebase(base), None
         self.bases += 1
         # What was stepped before and is further than the base is stepped again, from the base's own bits.
-        self.read_log()
+        self._follow(self._journal.entries())
 
     def measure(self) -> None:
         """Once the state has come from a base to where it was before, note how far apart the two are."""

@@ -105,17 +105,17 @@ class Updater:
         try:
             exact = self._bit_exact_here()
             self._manifest = open_attempt(self.folder, plan, bit_exact=exact)
-            self._journal = Journal(self.folder, self._manifest, plan, segment_bytes)
+            self._journal, entries = Journal.open(self.folder, self._manifest, plan, segment_bytes)
             self._snapshots = SnapshotSchedule(self._manifest, plan.checkpoints, engine or CopyEngine())
             # What the slots can still bring again: everything if they are new, little if they go on.
             self._prior = {
                 entry.header.iteration: entry
-                for entry in self._journal.entries()
+                for entry in entries
                 if entry.header.kind in log_format.DECIDED and entry.header.iteration >= slots.consumed_next
             }
             self._next = max(slots.consumed_next, plan.first_iteration)
             if plan.has_model:
-                self._stepping = Stepping(plan, self._manifest, self._journal, Path(plan_folder), live=live)
+                self._stepping = Stepping(plan, self._manifest, self._journal, entries, Path(plan_folder), live=live)
                 known = self._manifest.snapshots_of(self._attempt)
                 self._load(_LOAD_PATIENCE_S if known else _FIRST_LOAD_PATIENCE_S)
             self._decisions = Decisions(plan, slots, self._stepping and self._stepping.has_non_finite)
@@ -395,7 +395,7 @@ class Updater:
         """Remove what retention lets go, now that a snapshot was read back and found right."""
         rules = self.plan.checkpoints.retention
         try:
-            removed = retention.prune(self.folder, self._manifest, rules, verified=(self._attempt, verified))
+            removed = retention.prune(self._manifest, rules, verified=(self._attempt, verified))
         except (DiskError, CheckpointError) as error:
             _log.warning("nothing is removed: %s", error)
             return
