@@ -284,11 +284,6 @@ class LogWriter:
         with io_errors("sync", self._path()):
             self._close()
 
-    @property
-    def last(self) -> int:
-        """Number of the newest segment."""
-        return self._number
-
     def close(self) -> None:
         """End: what was not committed goes; may be called again."""
         if self._pending:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SnapshotSchedule"]
 
-_log = logging.getLogger(__name__)
 #: Unless the plan says otherwise, a snapshot is due when the log since the last one has so many times the state's bytes:
 #: then snapshots are an eighth of what is written, and a restore reads at most so much; but not for less than this.
 _STATES_OF_LOG = 8
