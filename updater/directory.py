@@ -155,11 +155,11 @@ class Directory:
     @cached_property
     def iterations(self) -> list[Iteration]:
         """Every iteration that the directory knows of, by attempt and number; see docs/checkpoints.md for the states."""
-        limits = dict(self.manifest.lineage(self.manifest.latest.number))
+        limits = self.manifest.lineage(self.manifest.latest.number)
         out = []
         for number, entries in self._index.items():
             for row in self._own(number, entries):
-                current = number in limits and (limits[number] is None or row.number <= limits[number])
+                current = row.number <= limits.get(number, -1)
                 out.append(row if current else replace(row, state="superseded"))
         return out
 
@@ -223,9 +223,9 @@ class Directory:
 
     def _notes(self, kinds: Iterable[int]) -> Iterator[Entry]:
         """Yield notes of the latest attempt and of those that it goes on from, as far as it does, oldest first."""
-        for attempt, limit in reversed(self.manifest.lineage(self.manifest.latest.number)):
+        for attempt, limit in reversed(self.manifest.lineage(self.manifest.latest.number).items()):
             for entry in self._index[attempt]:
-                if entry.header.kind in kinds and (limit is None or entry.header.iteration <= limit + 1):
+                if entry.header.kind in kinds and entry.header.iteration <= limit + 1:
                     yield entry
 
     @cached_property
@@ -252,23 +252,33 @@ class Directory:
         """How far a state that is not bit exact was from the trainer's at each base: `at`, `max_ulp`, `tensor`, `over_limit`."""
         return [read_facts(entry, self.manifest.identities) for entry in self._notes((form.MEASURED,))]
 
+    @cached_property
+    def _committed(self) -> dict[int, dict[int, Entry]]:
+        found: dict[int, dict[int, Entry]] = {attempt.number: {} for attempt in self.manifest.attempts}
+        for row in self.iterations:
+            if row.own == "committed":
+                found[row.attempt][row.number] = row.entry
+        return found
+
+    def committed(self, attempt: int) -> dict[int, Entry]:
+        """Return the records of the iterations that are committed in an attempt, superseded or not, by number."""
+        return self._committed[attempt]
+
     def restorable(self, attempt: int | None = None) -> dict[int, int]:
         """Return the iterations that a state can be restored of, and each one's attempt.
 
         Those of an attempt, the latest if None, and of the attempts that it goes on from, as far as it does.
         """
         out: dict[int, int] = {}
-        for number, limit in self.manifest.lineage(attempt or self.manifest.latest.number):
-            found = {row.number for row in self.iterations if row.attempt == number and row.own == "committed"}
-            for iteration in found | set(self.manifest.snapshots_of(number)):
-                if limit is None or iteration <= limit:
+        for number, limit in self.manifest.lineage(attempt or self.manifest.latest.number).items():
+            for iteration in (*self.committed(number), *self.manifest.snapshots_of(number)):
+                if iteration <= limit:
                     out.setdefault(iteration, number)
         return dict(sorted(out.items()))
 
     def ways(self, attempt: int, iteration: int) -> tuple[list[int], dict[int, Entry]]:
         """Return the snapshots of an attempt from which the log leads to an iteration, nearest first; and its records."""
-        entries = {r.number: r.entry for r in self.iterations if r.attempt == attempt and r.own == "committed"}
-        first = iteration
+        entries, first = self.committed(attempt), iteration
         while first in entries:
             first -= 1
         ways = [s for s in self.manifest.snapshots_of(attempt) if first <= s <= iteration]
@@ -281,12 +291,8 @@ class Directory:
             RestoreError: the iteration is not in the log, or incomplete there.
             CheckpointError: a checksum of its record is wrong.
         """
-        limits = dict(self.manifest.lineage(attempt or self.manifest.latest.number))
-        rows = {
-            row.number: row
-            for row in self.iterations
-            if row.attempt in limits and (limits[row.attempt] is None or row.number <= limits[row.attempt])
-        }
+        limits = self.manifest.lineage(attempt or self.manifest.latest.number)
+        rows = {row.number: row for row in self.iterations if row.number <= limits.get(row.attempt, -1)}
         row = rows.get(iteration)
         if row is None or row.entry is None or row.own == "incomplete":
             self.require_whole()

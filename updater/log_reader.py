@@ -45,6 +45,11 @@ class Entry:
     offset: int
 
     @property
+    def file(self) -> str:
+        """Name of its segment in the directory, as the manifest has it."""
+        return f"{self.segment.parent.name}/{self.segment.name}"
+
+    @property
     def end(self) -> int:
         """Offset of the first byte after the record."""
         return self.offset + self.header.record_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,16 +201,16 @@ class Manifest:
         """Return an attempt by its number, None if the directory has none of it."""
         return next((attempt for attempt in self.attempts if attempt.number == number), None)
 
-    def lineage(self, number: int) -> list[tuple[int, int | None]]:
-        """Return (attempt, last iteration that counts, None: all) from an attempt back to the one that began at iteration 1."""
-        out: list[tuple[int, int | None]] = []
-        attempt, limit = self.attempt(number), None
+    def lineage(self, number: int) -> dict[int, float]:
+        """Return an attempt and those that it goes on from, back to the first: the last iteration of each that counts, infinity: all."""
+        out: dict[int, float] = {}
+        attempt, limit = self.attempt(number), math.inf
         while attempt is not None:
-            out.append((attempt.number, limit))
+            out[attempt.number] = limit
             if attempt.resumed is None:
                 break
             number, iteration = attempt.resumed
-            attempt, limit = self.attempt(number), iteration if limit is None else min(limit, iteration)
+            attempt, limit = self.attempt(number), min(limit, iteration)
         return out
 
     @property

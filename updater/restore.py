@@ -138,8 +138,7 @@ def states_after(path: str | Path, attempt: int | None = None) -> Iterator[tuple
     manifest = directory.manifest
     attempt = attempt or manifest.latest.number
     plan = directory.plan_of(attempt)
-    rows = {r.number: r.entry for r in directory.iterations if r.attempt == attempt and r.own == "committed"}
-    reached = -1
+    rows, reached = directory.committed(attempt), -1
     for snapshot in manifest.snapshots_of(attempt):
         if snapshot <= reached:
             continue

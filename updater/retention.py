@@ -8,6 +8,7 @@ always stays: so there is never less than one state and all that was committed a
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 from dataclasses import dataclass, field
@@ -40,15 +41,16 @@ def _epochs(directory: Directory) -> list[_Epoch]:
     """Return the epochs of a directory, attempt by attempt, oldest first."""
     manifest, epochs = directory.manifest, []
     for attempt in manifest.attempts:
-        own = [_Epoch(None, None)]
-        own += [_Epoch((a, i), name) for (a, i), name in manifest.snapshots.items() if a == attempt.number]
+        published = {i: name for (a, i), name in manifest.snapshots.items() if a == attempt.number}
+        snapshots, own = list(published), [_Epoch(None, None)]
+        own += [_Epoch((attempt.number, i), name) for i, name in published.items()]
         for row in directory.iterations:
             if row.attempt != attempt.number:
                 continue
-            epoch = [e for e in own if e.snapshot is None or e.snapshot[1] < row.number][-1]
+            epoch = own[bisect.bisect_left(snapshots, row.number)]  # that of the last snapshot before it
             epoch.rows.append(row)
             if row.entry is not None:
-                epoch.segments.add(f"{LOG_FOLDER}/{row.entry.segment.name}")
+                epoch.segments.add(row.entry.file)
         epochs += own
     return epochs
 
@@ -113,10 +115,10 @@ def _newest_that_verifies(manifest: Manifest, epochs: list[_Epoch], verified: tu
     """
     from updater.shadow import load_snapshot
 
-    lineage = dict(manifest.lineage(manifest.latest.number))
+    lineage = manifest.lineage(manifest.latest.number)
     for number in range(len(epochs) - 1, -1, -1):
         key = epochs[number].snapshot
-        if key is None or key[0] not in lineage or (lineage[key[0]] is not None and key[1] > lineage[key[0]]):
+        if key is None or key[1] > lineage.get(key[0], -1):
             continue
         with contextlib.suppress(CheckpointError):
             if key != verified:
@@ -141,7 +143,7 @@ def _waiting_beyond(manifest: Manifest, directory: Directory, most: int) -> set[
     rows: dict[str, list[Iteration]] = {}
     for row in directory.iterations:
         if row.entry is not None:
-            rows.setdefault(f"{LOG_FOLDER}/{row.entry.segment.name}", []).append(row)
+            rows.setdefault(row.entry.file, []).append(row)
     waiting = [
         name for name, found in sorted(rows.items()) if {row.state for row in found} <= {"waiting", "incomplete"}
         and any(row.state == "waiting" for row in found) and name in manifest.files
@@ -161,7 +163,7 @@ def _of_gradients(directory: Directory, rules: Retention) -> list[str]:
     newest = max((row.number for row in directory.iterations), default=0)
     last_of: dict[str, int] = {}
     for row in directory.iterations:
-        last_of[f"{LOG_FOLDER}/{row.entry.segment.name}"] = row.number
+        last_of[row.entry.file] = row.number
     old = sorted(name for name in last_of if name in manifest.files)
     removed: list[str] = []
     if rules.last_iterations is not None:
@@ -175,16 +177,15 @@ def _of_gradients(directory: Directory, rules: Retention) -> list[str]:
 
 
 def prune(
-    folder: Path,
     manifest: Manifest,
     rules: Retention,
     *,
     verified: tuple[int, int] | None = None,
     dry_run: bool = False,
 ) -> list[dict]:
-    """Remove what no rule keeps; return `file` and `bytes` of each. The caller holds the directory's lock, unless `dry_run`.
+    """Remove what no rule keeps of a manifest's directory; return `file` and `bytes` of each.
 
-    `verified` as for `removable`.
+    The caller holds the directory's lock, unless `dry_run`. `verified` as for `removable`.
 
     Raises:
         CheckpointError: something there is corrupt: nothing is removed then.
@@ -192,6 +193,7 @@ def prune(
     """
     if rules == Retention():
         return []
+    folder = manifest.folder
     directory = Directory(folder)
     names = removable(directory, rules, verified)
     rows = [{"file": name, "bytes": manifest.files[name][0]} for name in names]
@@ -229,7 +231,7 @@ def prune_directory(folder: Path, rules: dict[str, int], *, dry_run: bool) -> di
     lock = None if dry_run else lock_directory(folder)
     try:
         manifest = Manifest.load(folder)
-        rows = prune(folder, manifest, chosen, dry_run=dry_run)
+        rows = prune(manifest, chosen, dry_run=dry_run)
         left = sum(length for name, (length, _) in manifest.files.items() if name not in {row["file"] for row in rows})
         return {
             "dry_run": dry_run,

@@ -155,7 +155,7 @@ def _prove_attempt(result: Verification, directory: Directory, attempt: int, bad
         ways, entries = directory.ways(attempt, iteration)
         steps = {number: entry for number, entry in entries.items() if number > reached}
         led = model is not None and reached in ways and manifest.attempt(attempt).bit_exact
-        led = led and not bad & {f"{LOG_FOLDER}/{entry.segment.name}" for entry in steps.values()}
+        led = led and not bad & {entry.file for entry in steps.values()}
         if led and ours:
             for _ in replay(directory.plan_of(attempt), model, steps, manifest.identities):
                 pass
@@ -182,7 +182,7 @@ def _offer(directory: Directory, bad: set[str]) -> tuple[int, int] | None:
         ways, entries = directory.ways(attempt, iteration)
         for snapshot in ways:
             needed = {manifest.snapshots[attempt, snapshot]}
-            needed |= {f"{LOG_FOLDER}/{e.segment.name}" for number, e in entries.items() if number > snapshot}
+            needed |= {entry.file for number, entry in entries.items() if number > snapshot}
             if attempt in plans and not needed & bad:
                 return attempt, iteration
     return None

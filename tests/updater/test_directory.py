@@ -212,7 +212,7 @@ class TestRetention:
         monkeypatch.setattr(durable.disk, "unlink", fail)
         rules = make_plan(checkpoints={"retention": {"last_iterations": 1}}).checkpoints.retention
         with pytest.raises(Exception, match="cannot remove"):
-            retention.prune(out, Manifest.load(out), rules)
+            retention.prune(Manifest.load(out), rules)
         monkeypatch.undo()
         assert not checksummed(out) and same(restore(out), truth.states[40]) == [] and verify(out)["ok"]
         plan = make_plan()
