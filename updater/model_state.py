@@ -8,8 +8,9 @@ computes. State is on the CPU.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from flowcheck.step_record import Step
 if TYPE_CHECKING:
     from updater.snapshot import State
 
-__all__ = ["ModelState", "bytes_of", "torch_dtype"]
+__all__ = ["ModelState", "bytes_of", "read_param_groups", "torch_dtype"]
 
 #: Options that decide how a step is done; the plan says that once, as the optimizer's form.
 _NOT_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
@@ -36,6 +37,14 @@ def torch_dtype(name: str) -> torch.dtype:
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """Return the bytes of a contiguous CPU tensor as a flat uint8 array over the same memory."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_param_groups(text: str) -> list[dict[str, Any]]:
+    """Return an optimizer's param groups that were written as JSON, which has no tuples; torch's only list is the parameters'."""
+    groups = json.loads(text)
+    for group in groups:
+        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
+    return groups
 
 
 def _like(old: float | tuple[float, ...], new: float | tuple[float, ...]) -> float | tuple[float, ...]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flowcheck.errors import CheckpointError, FlowCheckError
-from updater.model_state import bytes_of
+from updater.model_state import bytes_of, read_param_groups
 from updater.published import published
 
 if TYPE_CHECKING:
@@ -151,8 +151,4 @@ def _optimizer(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> di
         if kind == "state":
             number, _, value = place.partition(".")
             state[int(number)][value] = tensor
-    groups = json.loads(metadata["param_groups"])
-    for group in groups:
-        # JSON has no tuples; torch's only list is that of the parameters
-        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": read_param_groups(metadata["param_groups"])}

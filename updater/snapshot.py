@@ -23,7 +23,7 @@ import torch
 from flowcheck.errors import CheckpointError, FlowCheckError
 from flowcheck.formats import IDENTITY
 from updater.durable import TEMPORARY_SUFFIX, io_errors, publish
-from updater.model_state import bytes_of, torch_dtype
+from updater.model_state import bytes_of, read_param_groups, torch_dtype
 from updater.snapshot_file import Request, Written, pieces, write_file
 
 if TYPE_CHECKING:
@@ -230,10 +230,7 @@ def _read_tensor(dataset: h5py.Dataset) -> torch.Tensor:
 
 
 def _read_optimizer(group: h5py.Group) -> dict[str, Any]:
-    param_groups = json.loads(group.attrs["param_groups"])
-    for options in param_groups:
-        # JSON has no tuples; torch's only list is that of the parameters
-        options.update({k: tuple(v) for k, v in options.items() if isinstance(v, list) and k != "params"})
+    param_groups = read_param_groups(group.attrs["param_groups"])
     state: dict[int, dict[str, Any]] = {}
     numbers = sorted(group["state"], key=int) if "state" in group else []
     for number in numbers:
