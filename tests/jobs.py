@@ -19,7 +19,7 @@ from scapy.utils import RawPcapNgReader
 from data_extractor.extractor import Extractor
 from flowcheck import _atomics
 from flowcheck import plan as plans
-from flowcheck.formats import RING_HEADER
+from flowcheck.formats import RING_HEADER, SLOT
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
 from packet_parser.parser import Parser
@@ -39,6 +39,13 @@ class Piece(NamedTuple):
     kind: str
     begin: int
     end: int
+
+
+def settled(iteration, incomplete=False):
+    """The record of a slot that is settled: whole, or incomplete because something of it is missing (docs/slot-format.md)."""
+    record = np.zeros((), SLOT)
+    record["iteration"], record["state"], record["reason"] = iteration, 3 if incomplete else 2, incomplete
+    return record[()]
 
 
 def plan(mtu=1024, slots=4):

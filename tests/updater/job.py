@@ -7,26 +7,23 @@ gradients from its packets and its states from the trainer.
 
 import copy
 import json
-import re
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from flowcheck import describe
 from flowcheck import plan as plans
-from flowcheck.formats import SLOT
+from tests.jobs import EXAMPLE, settled
 from tests.pipeline.recordings import recorded as record
 from tests.pipeline.recordings import shadowed
 from updater.gradient import read_gradient
 from updater.restore import restore
 from updater.updater import Updater
 
-EXAMPLE = json.loads(re.search(r"```json\n(.*?)```", (Path(__file__).parents[2] / "docs/plan.md").read_text(), re.S)[1])
 SHAPES = {"a": (23, 11), "b": (5,), "c": (16, 17), "d": (3, 3)}
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-WHOLE, PATIENCE_S = 2, 20
+PATIENCE_S = 20
 
 
 class Job:
@@ -79,9 +76,7 @@ class Slots:
         return self._lent[iteration]
 
     def slot(self, iteration):
-        record = np.zeros((), SLOT)
-        record["iteration"], record["state"] = iteration, WHOLE
-        return record[()]
+        return settled(iteration)
 
     def missing(self, iteration):
         return []

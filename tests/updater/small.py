@@ -14,8 +14,7 @@ import torch
 
 from flowcheck import describe
 from flowcheck import plan as plans
-from flowcheck.formats import SLOT
-from tests.jobs import EXAMPLE
+from tests.jobs import EXAMPLE, settled
 from updater.updater import Updater
 
 ELEMENTS = 300
@@ -65,10 +64,7 @@ class Slots:
         return gradient(iteration, self.plan.job.attempt, elements).view(np.uint8).copy()
 
     def slot(self, iteration):
-        record = np.zeros((), SLOT)
-        record["iteration"], record["state"] = iteration, 3 if iteration in self.lost else 2
-        record["reason"] = iteration in self.lost
-        return record[()]
+        return settled(iteration, incomplete=iteration in self.lost)
 
     def missing(self, _iteration):
         return [(8, 24)]

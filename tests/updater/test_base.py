@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from flowcheck import capture
-from flowcheck.formats import SLOT
 from flowcheck.replay import replay
 from tests.commands import flowcheck
+from tests.jobs import settled
 from tests.pipeline.recordings import recorded, same, streams
 from updater.directory import Directory
 from updater.model_state import bytes_of
@@ -136,10 +136,7 @@ class WholeSlots:
         return content
 
     def slot(self, iteration):
-        record = np.zeros((), SLOT)
-        record["iteration"], record["state"] = iteration, 3 if iteration in self.lost else 2
-        record["reason"] = iteration in self.lost
-        return record[()]
+        return settled(iteration, incomplete=iteration in self.lost)
 
     def missing(self, iteration):
         return [(0, 8)]
