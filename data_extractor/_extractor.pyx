@@ -472,9 +472,10 @@ cdef class ExtractLoop:
                     continue
                 if whole and (ring.state.reached[connection] > iteration or (ring.header.live and crowded)):
                     continue
-                # A stream that waits so far ahead has shown all it will of this one: the ring's edges depend on each
-                # other, none runs ahead of another by an iteration. Without this, a dead connection would block it.
-                if ring.stalled_at >= iteration + self.header.slots:
+                # A stream that waits so far ahead has shown all it will of this one: the ring's edges depend on each other, none
+                # begins an iteration before all have ended the last but one. Without this, a connection of which nothing comes
+                # would block it; and one that is counted by slots would block an updater that awaits the next iteration.
+                if ring.stalled_at >= iteration + 2:
                     continue
                 if out:
                     ended[0] = True

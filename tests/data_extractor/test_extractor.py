@@ -108,6 +108,20 @@ def test_a_full_slot_file_holds_the_stream_until_iterations_are_taken(tmp_path):
     assert [decided[i][0] for i in range(10)] == [2] * 10
 
 
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_who_takes_an_iteration_only_when_the_next_is_settled_is_not_waited_for(tmp_path, count):
+    """So does an updater that lacks a step record; here beside a connection of which nothing comes any more."""
+    job, plan = jobs.Job(12), jobs.plan(slots=count)
+    slots = jobs.slots_of(tmp_path, plan)
+    pieces = [piece for piece in job.pieces if piece.edge == 0 or piece.iteration < 3]
+    extractor = Extractor([parsed(tmp_path, job, plan, pieces)], plan, slots)
+    for _ in range(1000):
+        extractor.poll()
+        if slots.consumed_next + 1 < slots.settled_next:
+            slots.consumed_next += 1
+    assert extractor.finished and slots.settled_next == 13
+
+
 def synthetic(tmp_path, records, frame=bytes(2000)):
     """Return (ring, plan, slots) with hand-made annotations; each record is a dict of fields."""
     plan = jobs.plan()

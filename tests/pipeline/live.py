@@ -78,7 +78,11 @@ class LiveJob:
     def stop(self, shadow):
         """End the shadow as a user would; return what it said."""
         shadow.send_signal(signal.SIGTERM)
-        out, err = shadow.communicate(timeout=120)
+        try:
+            out, err = shadow.communicate(timeout=120)
+        except subprocess.TimeoutExpired as problem:
+            stages = {path.name: path.read_text() for path in scratch_folder(self.out).glob("*.stderr")}
+            raise AssertionError(f"not ended: {problem.stderr}\n{stages}\n{self.status()}") from problem
         assert shadow.returncode == 0, err
         return out + err
 
