@@ -71,8 +71,9 @@ class RunFolder:
         """Put aside what an earlier attempt or job has left that a shadow could take for this one's.
 
         Full states of iterations after `iteration`, after which this attempt begins, are renamed: they are the run's no more.
+        The acknowledgement goes too, so that a shadow sees that a job begins, also one with the very plan of the one before.
         """
-        for name in (PASSES, LEARNED):
+        for name in (PASSES, LEARNED, ACKNOWLEDGEMENT):
             (self.path / name).unlink(missing_ok=True)
         for path in (self.path / FULL_STATES).glob("state-*.pt"):
             number = path.stem.removeprefix("state-")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`flowcheck run`: starts a plan's stages, watches and restarts them, shows what happens, ends them in order.
 
+One run serves the attempts of a job one after another: when another attempt's plan takes the place of the one that is
+followed, the streams of the old one end, what they had captured is drained, and new rings and slots begin.
+
 Rings and slots live in a folder of shared memory whose name follows from the checkpoint directory; there the supervisor
 also writes what `flowcheck status` reads. A stage that dies is started again over the same files and goes on where it
 was. A signal ends the dumps; the stages behind them end by themselves when they have drained what was captured.
@@ -9,14 +12,12 @@ was. A signal ends the dumps; the stages behind them end by themselves when they
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,32 +34,35 @@ from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.files import write_private
 from flowcheck.formats import IDENTITY
 from flowcheck.learned import UnlearnedLayout
+from flowcheck.plan_watch import PlanWatch
 from flowcheck.ring import PacketRing
 from flowcheck.run_folder import ACKNOWLEDGEMENT, FULL_STATES
 from flowcheck.slots import SlotFile
-from flowcheck.stage import READY_VARIABLE
+from flowcheck.stage_process import BACKOFF_S, StageProcess
 from flowcheck.verdicts import VERDICTS
 
 __all__ = ["INBOX", "Supervisor", "is_live", "scratch_folder", "status"]
 
 #: A folder in the scratch folder, for `flowcheck rebase`.
 INBOX = "bases"
-#: The plan that the dumps follow, in the scratch folder: the job may replace its own at any time.
-_DUMPED_PLAN = "plan.json"
+#: The plan that the stages follow, in the scratch folder: the job may replace its own at any time.
+_FOLLOWED_PLAN = "plan.json"
 _STATUS = "status.json"
 _LOOK_S = 0.05
 _STATUS_S = 1.0
 #: Of the time, at most so much goes into reading how the run stands: a log of many iterations takes long to read.
 _STATUS_SHARE = 0.05
-_BACKOFF_S, _BACKOFF_MOST_S = 0.1, 5.0
+_BACKOFF_MOST_S = 5.0
 #: A stage that has run for so long was well; its next failure begins anew.
 _WELL_S = 1.0
 #: Exit statuses that another start does not mend: wrong usage, a bad plan, a corrupt file.
 _FINAL = {2, 3, 5}
 _DRAIN_S = 120.0
-#: Nice value of a dump.
-_URGENT = -10
-_PR_SET_PDEATHSIG = 1
+#: The same where another attempt waits for its shadow: what is not drained then has no place any more.
+_HANDOVER_S = 30.0
+#: Capturing begins so long after a new attempt's plan was seen: what mirrors still held of an earlier one has come by then.
+#: Its adapters are gone, or the new attempt could not have the same queue pairs.
+_SETTLE_S = 1.0
 
 
 def scratch_folder(out: Path) -> Path:
@@ -95,71 +99,6 @@ def _undrained(scratch: Path) -> str | None:
     return f"attempt {attempt} of run {run!r}, {frames} frames and {iterations} decided iterations"
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _go_first() -> None:
-    """Have this process run before others that want its core, if that is allowed: a mirror does not wait, all else can."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, _URGENT)
-        # Where the kernel shares cores out by session first (sched(7), autogroup), the session has to go first, too.
-        Path("/proc/self/autogroup").write_text(str(_URGENT))
-
-
-@dataclass
-class _Child:
-    """One stage: its command, and the process that runs it now."""
-
-    name: str
-    command: list[str]
-    errors: Path
-    environment: dict[str, str]
-    urgent: bool = False
-    process: subprocess.Popen[bytes] | None = None
-    ready_pipe: int = -1
-    ready: bool = False
-    restarts: int = 0
-    started: float = 0.0
-    backoff: float = _BACKOFF_S
-    start_at: float = 0.0
-    told: bool = False
-    done: bool = False
-    rate: float = 0.0
-    counted: int = 0
-
-    def start(self) -> None:
-        """Start the process; it dies with this one."""
-        reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-
-        def begin() -> None:
-            _die_with_parent()
-            if self.urgent:
-                _go_first()
-
-        with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
-                env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=begin, start_new_session=True,
-            )  # fmt: skip
-        os.close(writing)
-        if self.ready_pipe >= 0:
-            os.close(self.ready_pipe)
-        self.ready_pipe, self.ready, self.told, self.started = reading, False, False, time.monotonic()
-
-    def look(self) -> int | None:
-        """Note whether the process is ready; return its exit status if it has ended."""
-        if not self.ready:
-            with contextlib.suppress(BlockingIOError):
-                self.ready = os.read(self.ready_pipe, 1) == b"1"
-        return self.process.poll()
-
-    def last_words(self) -> str:
-        """Return what the process said on stderr, in one line."""
-        return " ".join(self.errors.read_text(errors="replace").split())[-500:]
-
-
 @dataclass
 class Supervisor:
     """One live run: `run` returns when a signal or a fatal error has ended it.
@@ -177,10 +116,14 @@ class Supervisor:
     busy: bool = False
     show: Callable[[dict[str, Any]], None] = lambda document: None
     say: Callable[[str], None] = lambda line: None
-    _children: list[_Child] = field(default_factory=list)
+    _children: list[StageProcess] = field(default_factory=list)
     _plan: plans.Plan | None = None
+    _plan_file: PlanWatch | None = None
     _stopping: bool = False
+    _draining: bool = False
     _complained: set[str] = field(default_factory=set)
+    _told: float = 0.0
+    _reading_s: float = 0.0
     _alarms: int = 0
     _volatile: bool = False
 
@@ -191,10 +134,8 @@ class Supervisor:
             ConfigError: the plan or a stream's source cannot be used, or another run has the directory.
             FlowCheckError: a stage failed in a way that another start does not mend.
         """
-        plan = self._plan = plans.load(self.plan_path, incomplete=True)
-        for stream in plan.shard.streams:
-            if not (stream.interface or stream.port):
-                raise ConfigError(f"{self.plan_path}: stream {stream.name!r} names neither interface nor port")
+        self._plan_file = PlanWatch(self.plan_path, self.say)
+        self._plan = self._plan_file.load()
         scratch = scratch_folder(self.out)
         _make_private(scratch)
         lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -207,23 +148,24 @@ class Supervisor:
             ) from error
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._discard_others(scratch, plan)
-            write_private(scratch / _DUMPED_PLAN, plan.canonical())
-            self._children = self._dumps(scratch) + (self._others(scratch) if plan.complete else self._learner(scratch))
-            self._watch(scratch)
+            self._discard_others(scratch, self._plan)
+            while (following := self._attempt(scratch)) is not None:
+                self._clear(scratch)
+                self._plan, self._complained = following, set()
             document = self._status(scratch)
             # What was not drained stays for the next run.
             shutil.rmtree(scratch)
             return document
         finally:
-            for child in self._children:
-                if child.process is not None and child.process.poll() is None:
-                    child.process.kill()
-                    child.process.wait()
+            self._kill_stages()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            (self.plan_path.parent / ACKNOWLEDGEMENT).unlink(missing_ok=True)
+            self._acknowledgement.unlink(missing_ok=True)
             os.close(lock)
+
+    @property
+    def _acknowledgement(self) -> Path:
+        return self.plan_path.parent / ACKNOWLEDGEMENT
 
     def _on_signal(self, *_: object) -> None:
         self._stopping = True
@@ -238,113 +180,162 @@ class Supervisor:
                     raise FlowCheckError("it was complete")
         except FlowCheckError as error:
             self.say(f"not going on with what an earlier run left: {error}")
-            if left := _undrained(scratch):
-                self.say(f"discarding what was not drained of {left}: no checkpoint has it")
-            shutil.rmtree(scratch / INBOX, ignore_errors=True)
-            for path in scratch.iterdir():
-                path.unlink()
+            self._clear(scratch)
 
-    def _child(self, scratch: Path, name: str, module: str, plan: Path, *words: object) -> _Child:
+    def _clear(self, scratch: Path) -> None:
+        """Remove rings, slots and whatever else is of an attempt that is over."""
+        if left := _undrained(scratch):
+            self.say(f"discarding what was not drained of {left}: no checkpoint has it")
+        shutil.rmtree(scratch / INBOX, ignore_errors=True)
+        for path in scratch.iterdir():
+            path.unlink()
+
+    def _child(self, scratch: Path, name: str, module: str, plan: Path, *words: object) -> StageProcess:
         options = ["--busy"] if self.busy and name != "learn" else []
         # Threads of the optimizer step that spin for work take the cores of the other stages.
         environment = dict(os.environ) if self.busy else {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [sys.executable, "-c", f"from {module} import main; main()", str(plan)]
         errors = scratch / f"{name.replace(' ', '-')}.stderr"
-        urgent = name.startswith("dump ")
-        return _Child(name, [*command, *map(str, words), *options], errors, environment, urgent)
+        urgent = name.startswith("dump ")  # a mirror does not wait, all else can
+        return StageProcess(name, [*command, *map(str, words), *options], errors, environment, urgent)
 
     def _rings(self, scratch: Path) -> dict[str, Path]:
         return {stream.name: scratch / f"{stream.name}.ring" for stream in self._plan.shard.streams}
 
-    def _dumps(self, scratch: Path) -> list[_Child]:
-        plan = scratch / _DUMPED_PLAN
+    def _dumps(self, scratch: Path) -> list[StageProcess]:
+        plan = scratch / _FOLLOWED_PLAN
         return [
             self._child(scratch, f"dump {name}", "packet_dump.cli", plan, "--stream", name, "--ring", ring)
             for name, ring in self._rings(scratch).items()
         ]
 
-    def _learner(self, scratch: Path) -> list[_Child]:
+    def _learner(self, scratch: Path) -> list[StageProcess]:
         """Return what learns the layout while the plan is incomplete, if it is to be learned."""
         if not isinstance(self._plan.shard.layout, UnlearnedLayout):
             return []
         words = [word for ring in self._rings(scratch).values() for word in ("--ring", ring)]
         return [self._child(scratch, "learn", "packet_parser.learn_cli", self.plan_path, *words)]
 
+    def _kill_stages(self) -> None:
+        for child in self._children:
+            child.kill()
+
     def _end_learner(self) -> None:
         """End what learned the layout: the plan has it."""
         for child in self._children:
-            if child.name == "learn" and child.process is not None:
-                child.process.kill()
-                child.process.wait()
+            if child.name == "learn":
+                child.kill()
         self._children = [child for child in self._children if child.name != "learn"]
 
-    def _others(self, scratch: Path) -> list[_Child]:
+    def _others(self, scratch: Path) -> list[StageProcess]:
         """Return the stages behind the dumps: for them the plan must be complete."""
-        rings, slots = self._rings(scratch), ("--slots", scratch / "slots")
+        plan, rings, slots = scratch / _FOLLOWED_PLAN, self._rings(scratch), ("--slots", scratch / "slots")
         children = [
-            self._child(scratch, f"parse {name}", "packet_parser.cli", self.plan_path, "--stream", name, "--ring", ring)
+            self._child(scratch, f"parse {name}", "packet_parser.cli", plan, "--stream", name, "--ring", ring)
             for name, ring in rings.items()
         ]
         ring_words = [word for ring in rings.values() for word in ("--ring", ring)]
-        children.append(self._child(scratch, "extract", "data_extractor.cli", self.plan_path, *ring_words, *slots))
-        bases = ("--bases", self.plan_path.parent / FULL_STATES, "--bases", scratch / INBOX)
-        children.append(
-            self._child(scratch, "update", "updater.cli", self.plan_path, *slots, "--out", self.out, *bases)
-        )
+        children.append(self._child(scratch, "extract", "data_extractor.cli", plan, *ring_words, *slots))
+        folder = self.plan_path.parent
+        states = ("--plan-folder", folder, "--bases", folder / FULL_STATES, "--bases", scratch / INBOX)
+        children.append(self._child(scratch, "update", "updater.cli", plan, *slots, "--out", self.out, *states))
         return children
 
-    def _complete(self, scratch: Path) -> bool:
-        """Whether the job has completed its plan by now; the rings are then that one's."""
-        plan = plans.load(self.plan_path, incomplete=True)
-        if not plan.complete:
-            return False
-        if (plan.job, plan.shard.streams) != (self._plan.job, self._plan.shard.streams):
-            raise ConfigError(f"{self.plan_path}: has become the plan of another job or network; stop this run first")
+    def _complete(self, scratch: Path, plan: plans.Plan) -> None:
+        """Go on with the plan as the job has completed it: the rings are that one's, and the stages behind the dumps start."""
         for path in self._rings(scratch).values():
             with PacketRing.open(path, self._plan.identity()) as ring:
                 ring.adopt(plan.identity())
-        write_private(scratch / _DUMPED_PLAN, plan.canonical())
+        write_private(scratch / _FOLLOWED_PLAN, plan.canonical())
         self._plan = plan
-        return True
+        self._end_learner()
+        others = self._others(scratch)
+        for child in others:
+            child.start()
+        self._children += others
 
-    def _watch(self, scratch: Path) -> None:
-        acknowledged, told, shown, reading, draining_until = False, False, 0.0, 0.0, None
+    def _acknowledge(self) -> None:
+        """Tell the job that every frame from now on is captured."""
+        job = self._plan.job
+        acknowledgement = {"run_id": job.run_id, "attempt": job.attempt, "pid": os.getpid()}
+        acknowledgement["plan"] = self._plan.digest().hex()
+        write_private(self._acknowledgement, json.dumps(acknowledgement).encode())
+        self.say("capturing" if self._plan.complete else "capturing; the plan is yet to be completed")
+
+    def _attempt(self, scratch: Path) -> plans.Plan | None:
+        """Serve one attempt to its end; return the plan of the one that follows, None if a signal has ended the run."""
+        write_private(scratch / _FOLLOWED_PLAN, self._plan.canonical())
+        self._children = self._dumps(scratch)
+        self._children += self._others(scratch) if self._plan.complete else self._learner(scratch)
         for child in self._children:
             child.start()
-        while not all(child.done for child in self._children):
-            for child in self._children:
-                self._tend(child)
-            now = time.monotonic()
-            if acknowledged and not self._plan.complete and not self._stopping and self._complete(scratch):
-                self._end_learner()
-                others = self._others(scratch)
-                for child in others:
-                    child.start()
-                self._children += others
-                acknowledged = False
+        acknowledged, completed = False, None
+        while True:
+            self._tend_all()
+            if self._stopping:
+                self.say("stopping: draining what was captured")
+                if late := self._drain(scratch, _DRAIN_S):
+                    raise FlowCheckError(f"not drained after {_DRAIN_S:g} seconds: {late}; run again to go on")
+                return None
+            begun_anew = acknowledged and not self._acknowledgement.exists()
+            change = self._plan_file.look(self._plan, begun_anew=begun_anew)
+            if change is not None and not change.completes:
+                return self._hand_over(scratch, change.plan)
+            completed = change.plan if change is not None else completed
+            if acknowledged and completed is not None:
+                self._complete(scratch, completed)
+                acknowledged, completed = False, None
             if not acknowledged and all(child.ready for child in self._children):
                 acknowledged = True
-                job = self._plan.job
-                acknowledgement = {"run_id": job.run_id, "attempt": job.attempt, "pid": os.getpid()}
-                acknowledgement["plan"] = self._plan.digest().hex()
-                write_private(self.plan_path.parent / ACKNOWLEDGEMENT, json.dumps(acknowledgement).encode())
-                self.say("capturing" if self._plan.complete else "capturing; the plan is yet to be completed")
-            if self._stopping and not told:
-                told, draining_until = True, now + _DRAIN_S
-                self.say("stopping: draining what was captured")
-            if self._stopping:
-                self._end_learner()
-                self._stop_dumps()
-                if now > draining_until:
-                    left = ", ".join(child.name for child in self._children if not child.done)
-                    raise FlowCheckError(f"not drained after {_DRAIN_S:g} seconds: {left}; run again to go on")
-            if now - shown >= max(_STATUS_S, reading / _STATUS_SHARE):
-                document = self._status(scratch, now - shown if shown else 0.0)
-                shown, reading = now, time.monotonic() - now
-                write_private(scratch / _STATUS, json.dumps(document).encode())
-                self.show(document)
-                self._complain(document)
+                self._acknowledge()
+            self._tell(scratch)
             time.sleep(_LOOK_S)
+
+    def _hand_over(self, scratch: Path, following: plans.Plan) -> plans.Plan | None:
+        """End the attempt that was followed; return the plan to follow next, None if a signal has ended the run."""
+        old, settled, late = self._plan.job, time.monotonic() + _SETTLE_S, ""
+        self._acknowledgement.unlink(missing_ok=True)
+        self.say(f"attempt {following.job.attempt} of run {old.run_id!r} has begun; ending attempt {old.attempt}")
+        try:
+            if late := self._drain(scratch, _HANDOVER_S):
+                self.say(f"attempt {old.attempt} is not drained after {_HANDOVER_S:g} seconds: {late}")
+        except FlowCheckError as error:
+            self.say(f"attempt {old.attempt} cannot be drained: {error}")
+        self._kill_stages()
+        while not self._stopping and time.monotonic() < settled:
+            time.sleep(_LOOK_S)
+        if self._stopping:
+            self._clear(scratch)
+            return None
+        # The job may have completed its plan meanwhile, or have been started once more.
+        change = self._plan_file.look(self._plan, begun_anew=True)
+        return following if change is None else change.plan
+
+    def _drain(self, scratch: Path, patience_s: float) -> str:
+        """End the dumps and wait for the stages behind them; return which have not ended in so many seconds."""
+        end = time.monotonic() + patience_s
+        self._draining = True
+        self._end_learner()
+        while not all(child.done for child in self._children):
+            self._stop_dumps()
+            self._tend_all()
+            if time.monotonic() > end:
+                break
+            self._tell(scratch)
+            time.sleep(_LOOK_S)
+        self._draining = False
+        return ", ".join(child.name for child in self._children if not child.done)
+
+    def _tell(self, scratch: Path) -> None:
+        """About once a second, leave the status for others and show it."""
+        now = time.monotonic()
+        if now - self._told < max(_STATUS_S, self._reading_s / _STATUS_SHARE):
+            return
+        document = self._status(scratch, now - self._told if self._told else 0.0)
+        self._told, self._reading_s = now, time.monotonic() - now
+        write_private(scratch / _STATUS, json.dumps(document).encode())
+        self.show(document)
+        self._complain(document)
 
     def _complain(self, document: dict[str, Any]) -> None:
         """Say once of each alarm, and of each stream that it shows nothing of the job where the plan says."""
@@ -381,7 +372,11 @@ class Supervisor:
                 child.told = True
                 child.process.send_signal(signal.SIGTERM)
 
-    def _tend(self, child: _Child) -> None:
+    def _tend_all(self) -> None:
+        for child in self._children:
+            self._tend(child)
+
+    def _tend(self, child: StageProcess) -> None:
         """Start a stage again if it has died; FlowCheckError if that would not help."""
         if child.done:
             return
@@ -393,9 +388,10 @@ class Supervisor:
         status = child.look()
         if status is None:
             return
-        if status == 0 and (self._stopping or child.name.startswith("dump ")):
+        if status == 0 and (self._draining or self._stopping or child.name.startswith("dump ")):
             # A dump that somebody else has told to end takes the others with it.
-            child.done, child.process, self._stopping = True, None, True
+            child.done, child.process = True, None
+            self._stopping = self._stopping or not self._draining
             return
         words = child.last_words()
         if status in _FINAL or (status == 4 and not child.ready):
@@ -404,7 +400,7 @@ class Supervisor:
             failure.exit_code = status
             raise failure
         if child.ready and now - child.started > _WELL_S:
-            child.backoff = _BACKOFF_S
+            child.backoff = BACKOFF_S
         what = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}: {words}"
         self.say(f"{child.name} {what}; starting it again")
         child.restarts += 1
@@ -531,7 +527,7 @@ def status(out: Path) -> dict[str, Any]:
             if stage["pid"] is not None and not os.path.exists(f"/proc/{stage['pid']}"):
                 stage["pid"], stage["rate"] = None, 0.0
         with contextlib.suppress(FlowCheckError, OSError):
-            fresh = read_status(scratch, Directory(out).plan, out)
+            fresh = read_status(scratch, plans.load(scratch / _FOLLOWED_PLAN, incomplete=True), out)
             del fresh["counts"], fresh["stages"]
             document.update(fresh)
         return document

@@ -47,6 +47,7 @@ def load_base(path: Path, plan: Plan) -> Base:
         first = (str(error) or "empty").splitlines()[0]
         raise CheckpointError(f"{path}: cannot be read as a torch file: {first}", str(path)) from error
     _check(path, found)
+    _check_attempt(path, found, plan)
     state = ModelState(plan)
     try:
         state.load_model(found["model"], str(path))
@@ -64,6 +65,17 @@ def _check(path: Path, found: Any) -> None:
         raise ConfigError(f"{path}: 'iteration' is {found['iteration']!r}, expected the number of an iteration")
     if not isinstance(found["model"], dict) or not isinstance(found["optimizer"], dict):
         raise ConfigError(f"{path}: 'model' and 'optimizer' are not what state_dict() gives")
+
+
+def _check_attempt(path: Path, found: dict[str, Any], plan: Plan) -> None:
+    """ConfigError if a state says that it is of another run, or of another attempt that has gone another way."""
+    job, iteration = plan.job, found["iteration"]
+    run_id, attempt = found.get("run_id", job.run_id), found.get("attempt", job.attempt)
+    before = job.resumed is not None and iteration <= job.resumed.iteration
+    if run_id != job.run_id or (attempt != job.attempt and not before):
+        raise ConfigError(
+            f"{path}: is of attempt {attempt} of run {run_id!r}, expected a state of attempt {job.attempt} of run {job.run_id!r}"
+        )
 
 
 class _NoSlots:

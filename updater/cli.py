@@ -31,6 +31,11 @@ __all__ = ["main"]
     help="Copy the state into a snapshot's staging buffer with this DMA engine; several share the work.",
 )
 @click.option(
+    "--plan-folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="What a relative path of the initial state starts from; default: the plan's folder.",
+)
+@click.option(
     "--bases",
     multiple=True,
     type=click.Path(path_type=Path, file_okay=False),
@@ -46,6 +51,7 @@ def main(
     slots_path: Path,
     out: Path,
     dma: tuple[str, ...],
+    plan_folder: Path | None,
     bases: tuple[Path, ...],
     patience_s: float,
     busy: bool,
@@ -72,7 +78,7 @@ def main(
         wait_for(slots_path, lambda: SlotFile.open(slots_path, identity), patience_s) as slots,
         closing(CopyEngine(dma)) as engine,
     ):
-        updater = Updater(job, slots, out, plan_folder=plan.parent, engine=engine, bases=bases)
+        updater = Updater(job, slots, out, plan_folder=plan_folder or plan.parent, engine=engine, bases=bases)
         with closing(updater):
             privileges.drop()
             run(updater, busy=busy)

@@ -113,6 +113,11 @@ class Shadow:
             raise ConfigError(
                 f"{path}: is the state of iteration {found.get('iteration', 0)}; the job goes on from that of iteration {before}"
             )
+        attempt = self.plan.job.attempt
+        if found.get("latest_attempt", attempt) > attempt:
+            raise ConfigError(
+                f"{path}: attempt {found['latest_attempt']} of the job has begun with it, the plan is of attempt {attempt}"
+            )
         try:
             self._model.load_model(found.get("model", found), str(path))
             if "optimizer" in found:

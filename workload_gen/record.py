@@ -24,6 +24,7 @@ import flowcheck
 from flowcheck import describe, schedule
 from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
+from flowcheck.run_folder import PLAN
 from workload_gen import backend, recorded_plan
 from workload_gen.job import Job, Recording, write
 from workload_gen.permuted_schedule import PermutedSchedule
@@ -187,7 +188,7 @@ def _run_rank(recording: Recording, rank: int, links: tuple[int, ...], rendezvou
 
 
 def record(recording: Recording, progress: Callable[[int, int], None] | None = None) -> None:
-    """Train, and write plan, captures and truth into `recording.out`, which must be new or empty.
+    """Train, and write plan, captures and truth into `recording.out`, which must be new or empty, or hold the attempt resumed.
 
     With `resume` the job goes on after the iteration of a state, as a new attempt of its run. The step that
     `flowcheck.resume` throws away is on the wire, too: the plan lists its collectives at start-up.
@@ -197,7 +198,9 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
         FlowCheckError: a rank failed.
     """
     out = recording.out
-    if out.exists() and any(out.iterdir()):
+    # An attempt that is trained live may follow another one in its folder; captures of two would not be told apart.
+    follows = recording.network and recording.hook and recording.resume and (out / PLAN).exists()
+    if out.exists() and any(out.iterdir()) and not follows:
         raise ConfigError(f"{out}: not empty; name a new folder")
     links = () if recording.network else tuple(sorted(set(recording.links or (0, recording.ranks - 1))))
     if any(not 0 <= link < recording.ranks for link in links):
@@ -205,7 +208,7 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
             f"links {list(links)}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}"
         )
     recording.layout()
-    (out / "truth").mkdir(parents=True, mode=0o700)
+    (out / "truth").mkdir(parents=True, mode=0o700, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["workload_gen.record"])
     with tempfile.TemporaryDirectory(prefix="flowcheck-record-") as folder:
