@@ -403,3 +403,61 @@ def status(directory: Path, as_json: bool) -> None:
         print_json(report)
     else:
         print_status(report)
+
+
+@main.command()
+@click.option("--params", "parameters", required=True, type=click.IntRange(min=1), help="Parameters of the model.")
+@click.option("--ranks", required=True, type=click.IntRange(min=2), help="Ranks of the ring.")
+@click.option("--streams", default=2, show_default=True, type=click.IntRange(1, 8), help="Mirrored edges, a port each.")
+@click.option(
+    "--loss", default=1e-6, show_default=True, type=click.FloatRange(0, 1), help="Of a mirrored frame: how likely."
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Of parameters and gradients.",
+)
+@click.option("--protocol", default="simple", show_default=True, type=click.Choice(["ll", "ll128", "simple"]))
+@click.option("--nccl", "version", default="2.28", show_default=True, help="Version of the library.")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 32))
+@click.option("--qps", "queue_pairs", default=1, show_default=True, type=click.IntRange(1, 8), help="Per connection.")
+@click.option("--mtu", default=4096, show_default=True, type=int)
+@click.option("--link-gbps", default=400, show_default=True, type=click.IntRange(1, 3200), help="Of links and ports.")
+@click.option(
+    "--bucket-mb", default=25.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="DDP's."
+)
+@click.option(
+    "--step-seconds",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long an iteration takes.",
+)
+@click.option("--optimizer", default="AdamW", show_default=True, help="Its class in torch.optim; SGD with momentum.")
+@click.option("--record/--no-record", default=True, show_default=True, help="Whether step records are sent.")
+@click.option(
+    "--snapshot-iterations", type=click.IntRange(min=1), help="Between two snapshots; else by the log's bytes."
+)
+@click.option("--ring-bytes", default=16 << 20, show_default=True, type=click.IntRange(1 << 16), help="As in the plan.")
+@click.option("--slots", default=4, show_default=True, type=click.IntRange(3, 64), help="As in the plan.")
+@json_option
+@debug_option
+def size(as_json: bool, **job: Any) -> None:
+    """Plan ahead: frames, ports, memory and disk of a job, and how likely an iteration is lost beyond repair.
+
+    \b
+    Example:
+      flowcheck size --params 7000000000 --ranks 64 --streams 3 --loss 1e-6 --step-seconds 10
+    """
+    from flowcheck.sizing import Cluster
+    from flowcheck.sizing import size as needed
+
+    report = needed(Cluster(**job))
+    if as_json:
+        print_json(report)
+        return
+    from flowcheck.tables import print_size
+
+    print_size(report)

@@ -11,6 +11,7 @@ Facts: NCCL src/transport/net_ib.cc (src/transport/net_ib/ from 2.29), src/trans
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from flowcheck import schedule
 from flowcheck.formats import ROW, SEGMENT
 from flowcheck.plan import (
     DTYPE_BYTES,
+    Bucket,
     Collective,
     Layout,
     LearnedLayout,
@@ -33,14 +35,18 @@ from flowcheck.verdicts import VERDICTS
 __all__ = [
     "SLOTS",
     "Credit",
+    "FinalMessages",
     "Pieces",
     "Program",
     "carried",
     "compile_programs",
+    "final_messages",
     "first_step",
     "frames_per_iteration",
     "mirrored_ranges",
+    "packet_count",
     "queue_pair_pieces",
+    "sent_messages",
     "wire_bytes",
 ]
 
@@ -401,14 +407,28 @@ def frames_per_iteration(plan: Plan, stream: str) -> int:
     for revision in plan.shard.revisions:
         count = 0
         for index in shown:
-            for operation in _iteration(plan, index, revision):
-                wire = wire_bytes(plan.shard.layout, operation.messages["elements"] * operation.width)
+            for times, wire in sent_messages(plan, index, revision):
                 # Per message a credit and its acknowledgement; per data packet, at worst, one of its own.
-                count += 2 * len(wire)
-                for number in range(plan.shard.layout.queue_pairs):
-                    count += 2 * int(queue_pair_pieces(plan.shard.layout, number, 0, wire).packets.sum())
+                count += times * 2 * (len(wire) + packet_count(plan.shard.layout, wire))
         most = max(most, count)
     return most
+
+
+def sent_messages(plan: Plan, index: int, revision: Revision) -> list[tuple[int, np.ndarray]]:
+    """Return what a connection sends in an iteration: (times, payload bytes of each message) of every form of all-reduce."""
+    layout, out = plan.shard.layout, []
+    for (dtype, elements), times in Counter((bucket.dtype, bucket.elements) for bucket in revision.buckets).items():
+        messages, _ = _reduced(plan, index, dtype, elements)
+        out.append((times * revision.reductions, wire_bytes(layout, messages["elements"] * DTYPE_BYTES[dtype])))
+    if plan.record_form is not None:
+        record = _record(plan, index, revision)
+        out.append((1, wire_bytes(layout, record.messages["elements"] * record.width)))
+    return out
+
+
+def packet_count(layout: AnyLayout, wire: np.ndarray) -> int:
+    """Return the packets of messages of so many payload bytes, over all queue pairs."""
+    return sum(int(queue_pair_pieces(layout, n, 0, wire).packets.sum()) for n in range(layout.queue_pairs))
 
 
 def _frames_of_learning(plan: Plan, stream: str) -> int:
@@ -417,6 +437,32 @@ def _frames_of_learning(plan: Plan, stream: str) -> int:
     # In LL, which doubles the bytes; and a quarter more for credits and acknowledgements.
     packets = -(-2 * (ranks - 1) * 2 * gradient // (ranks * layout.mtu)) * 5 // 4
     return max(LEAST_FRAMES_OF_LEARNING, len(plan.shard.stream(stream).links) * packets * ITERATIONS_OF_LEARNING)
+
+
+@dataclass(frozen=True)
+class FinalMessages:
+    """The messages of an all-reduce that a connection carries fully reduced, without empty ones: arrays of equal length.
+
+    `begin`: byte of the tensor where a message's data begins; `bytes`: how many of them count; `wire`: payload bytes.
+    """
+
+    begin: np.ndarray
+    bytes: np.ndarray
+    wire: np.ndarray
+
+
+def final_messages(plan: Plan, index: int, bucket: Bucket | None) -> FinalMessages:
+    """Return what connection `index` carries fully reduced of a bucket, or (None) of the last revision's step record."""
+    if bucket is None:
+        operation = _record(plan, index, plan.shard.revisions[-1])
+    else:
+        messages, _ = _reduced(plan, index, bucket.dtype, bucket.elements)
+        operation = _Operation("all_reduce", messages, DTYPE_BYTES[bucket.dtype], 0, ("placed", "partial_sum"))
+    data = operation.messages["elements"] * operation.width
+    counted = data if operation.counted is None else operation.counted
+    final = operation.messages["final"] & (counted > 0)
+    begin = operation.messages["first"][final] * operation.width
+    return FinalMessages(begin, counted[final], wire_bytes(plan.shard.layout, data[final]))
 
 
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:

@@ -36,6 +36,7 @@ __all__ = [
     "Layout",
     "LearnedLayout",
     "Optimizer",
+    "OptimizerName",
     "Plan",
     "RawOperation",
     "Resumed",
@@ -625,6 +626,13 @@ class Checkpoints(_Model):
     snapshot_log_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     compress: bool = False
     retention: Retention = Retention()
+
+    def log_between_snapshots(self, state_bytes: int) -> int:
+        """Return after how many logged bytes a snapshot of a state of so many bytes is due.
+
+        By default snapshots are an eighth of what is written, and a restore reads at most so much.
+        """
+        return self.snapshot_log_bytes or max(256 << 20, 8 * state_bytes)
 
 
 class Arithmetic(_Model):

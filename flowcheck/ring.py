@@ -44,6 +44,17 @@ def _state_blocks() -> tuple[dict[str, tuple[int, int]], int]:
     return blocks, -(-offset // PAGE) * PAGE
 
 
+def _record_bytes(frame_bytes: int) -> int:
+    return -(-(RECORD.itemsize + frame_bytes) // 64) * 64
+
+
+def _records(plan: Plan, stream: str) -> int:
+    """Return how many records a stream's ring has: as many as the plan's `ring_bytes` hold, enough for two iterations."""
+    held = plan.ring_bytes // (plan.shard.layout.mtu + FRAME_HEADROOM)
+    least = ITERATIONS_HELD * frames_per_iteration(plan, stream)
+    return max(256, 1 << (held.bit_length() - 1), 1 << (least - 1).bit_length())
+
+
 class PacketRing:
     """A mapped packet ring; `create` or `open`, then `close` (or use it in a `with`).
 
@@ -79,7 +90,7 @@ class PacketRing:
         header = np.zeros((), RING_HEADER)
         header["magic"], header["version"] = np.void(RING_MAGIC), VERSION
         header["header_bytes"], header["records"] = header_bytes, records
-        header["record_bytes"] = -(-(RECORD.itemsize + frame_bytes) // 64) * 64
+        header["record_bytes"] = _record_bytes(frame_bytes)
         header["created_ns"] = time.time_ns()
         header["identity"] = np.frombuffer(identity, RING_HEADER["identity"])[0]
         header["stream"] = stream.encode()
@@ -130,16 +141,21 @@ class PacketRing:
         RingFormatError or ConfigError if the file is something else, or the ring of another job or stream.
         """
         path, identity = Path(path), plan.identity()
-        frame_bytes = plan.shard.layout.mtu + FRAME_HEADROOM
-        if records is None:
-            least = ITERATIONS_HELD * frames_per_iteration(plan, stream)
-            records = max(256, 1 << ((plan.ring_bytes // frame_bytes).bit_length() - 1), 1 << (least - 1).bit_length())
         if not path.exists():
-            return cls.create(path, frame_bytes=frame_bytes, records=records, identity=identity, stream=stream)
+            rooms = {
+                "frame_bytes": plan.shard.layout.mtu + FRAME_HEADROOM,
+                "records": records or _records(plan, stream),
+            }
+            return cls.create(path, **rooms, identity=identity, stream=stream)
         ring = cls.open(path, identity)
         if ring.stream != stream:
             raise ConfigError(f"{path}: the ring of stream {ring.stream!r}, expected that of {stream!r}")
         return ring
+
+    @staticmethod
+    def bytes_for(plan: Plan, stream: str) -> int:
+        """Return the bytes of the ring that `for_stream` makes."""
+        return _state_blocks()[1] + _records(plan, stream) * _record_bytes(plan.shard.layout.mtu + FRAME_HEADROOM)
 
     def adopt(self, identity: bytes) -> None:
         """Make the ring one of another plan: of the same job, whose plan was completed while the ring was filled."""

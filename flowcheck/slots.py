@@ -120,6 +120,14 @@ class SlotFile:
         return cls.create(path, slots=plan.slots, identity=identity, first_step=plan.first_step, **rooms)
 
     @staticmethod
+    def bytes_for(plan: Plan) -> int:
+        """Return the bytes of a plan's slot file."""
+        return PAGE + sum(
+            _slot_offsets(room)[3]
+            for room in [plan.initial_bytes] * (plan.initial_bytes > 0) + [plan.slot_bytes] * plan.slots
+        )
+
+    @staticmethod
     def _problem(memory: mmap.mmap, header: np.void, size: int) -> str | None:
         if header["magic"].tobytes() != SLOTS_MAGIC:
             return "no slot file (its magic is missing)"

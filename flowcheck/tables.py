@@ -23,6 +23,7 @@ __all__ = [
     "print_difference",
     "print_flows",
     "print_iterations",
+    "print_size",
     "print_status",
     "print_verification",
     "step_progress",
@@ -246,3 +247,43 @@ def print_demo(report: dict[str, Any]) -> None:
         table.add_row(text, ("yes" if value else "NO") if isinstance(value, bool) else str(value))
     console.print(table)
     console.print(f"files: {report['dir']}", soft_wrap=True)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} PB"
+
+
+def print_size(report: dict[str, Any]) -> None:
+    """Print the document of `size`."""
+    console = _console()
+    streams = Table(
+        "stream", "frames", "bytes", "Gbit/s", "packet ring", title="mirrored in an iteration", title_justify="left"
+    )
+    for row in report["streams"]:
+        cells = f"{row['frames']:,}", _bytes(row["bytes"]), f"{row['gbps']:.3g}", _bytes(row["ring_bytes"])
+        streams.add_row(row["name"], *cells)
+    console.print(streams)
+    memory, disk, job = report["memory"], report["disk"], report["job"]
+    table = Table(show_header=False)
+    between = report["iterations_between_losses"]
+    rows = {
+        "nodes, ports": f"{report['nodes']}, {report['ports']} of {report['port_gbps']} Gbit/s",
+        "memory": ", ".join(f"{name} {_bytes(count)}" for name, count in memory.items()),
+        "log, an iteration": _bytes(disk["log_per_iteration"]),
+        "snapshot": f"{_bytes(disk['snapshot'])}, every {disk['snapshot_every']} iterations",
+        "disk, an hour": _bytes(disk["per_hour"]),
+        f"unrepairable iteration at a loss of {job['loss']:g}": f"{report['unrepairable']:.3g}",
+        "iterations from one to the next": "-" if between is None else f"{between:,.4g}",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+    fastest = max(row["gbps"] for row in report["streams"])
+    if fastest > report["port_gbps"]:
+        console.print(
+            f"A link cannot carry this: {fastest:.3g} of {report['port_gbps']} Gbit/s; a step takes longer than said."
+        )

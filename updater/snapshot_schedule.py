@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SnapshotSchedule"]
 
-#: Unless the plan says otherwise, a snapshot is due when the log since the last one has so many times the state's bytes:
-#: then snapshots are an eighth of what is written, and a restore reads at most so much; but not for less than this.
-_STATES_OF_LOG = 8
-_LEAST_LOG_BYTES = 256 << 20
 #: Seconds until a snapshot that could not be written is tried again.
 _RETRY_S = 10.0
 
@@ -66,11 +62,10 @@ class SnapshotSchedule:
             return True
         if iteration <= before:
             return False
-        most = rules.snapshot_log_bytes or max(_LEAST_LOG_BYTES, _STATES_OF_LOG * state_bytes)
         return (
             (rules.snapshot_iterations is not None and iteration - before >= rules.snapshot_iterations)
             or (rules.snapshot_seconds is not None and now - at >= rules.snapshot_seconds)
-            or logged_bytes - logged >= most
+            or logged_bytes - logged >= rules.log_between_snapshots(state_bytes)
         )
 
     def _path(self, state: State) -> Path:
