@@ -62,7 +62,7 @@ cdef struct ring_view:
     uint8_t *block
     uint32_t block_bytes
     uint64_t connections        # bit per connection of the plan that this stream shows
-    uint64_t last_record_ns     # monotonic; when there was last something to read
+    uint64_t last_proof_ns      # monotonic; when there was last a record with a proved place
     uint64_t stalled_at         # iteration of the record that waits for a slot; 0: none does
     fc_extract_state state
 
@@ -257,7 +257,7 @@ cdef class ExtractLoop:
         for i in range(self.ring_count):
             fc_recover(self.rings[i].block, self.rings[i].block_bytes, &self.rings[i].state, sizeof(fc_extract_state))
             FC_STORE_RELEASE(&self.rings[i].header.extracted, self.rings[i].state.extracted)
-            self.rings[i].last_record_ns = now
+            self.rings[i].last_proof_ns = now
         if self.initial != NULL:
             self._recover_slot(<fc_slot *> self.initial)
         for number in range(self.header.slots):
@@ -452,7 +452,8 @@ cdef class ExtractLoop:
     cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint whole, bint overtaken, bint *ended) noexcept nogil:
         """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over.
 
-        Silence tells only of an iteration that is `overtaken`, which some stream has gone past: a job may pause.
+        Silence, in which a stream proves no place whatever it brings, tells only of an iteration that is `overtaken`, which
+        some stream has gone past: a job may pause.
 
         Of an iteration that is `whole` only second copies can come; those have come when each connection has sent all its
         messages once. A live stream is not waited for where another one has no room to go on.
@@ -479,7 +480,7 @@ cdef class ExtractLoop:
                     continue
                 if out:
                     ended[0] = True
-                elif not (ring.header.live and overtaken) or now - ring.last_record_ns < self.silence_ns:
+                elif not (ring.header.live and overtaken) or now - ring.last_proof_ns < self.silence_ns:
                     return False
         return True
 
@@ -528,7 +529,7 @@ cdef class ExtractLoop:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    cdef uint64_t _burst(self, ring_view *ring) noexcept nogil:
+    cdef uint64_t _burst(self, ring_view *ring, uint64_t now) noexcept nogil:
         cdef uint64_t at = ring.state.extracted
         cdef uint64_t parsed = FC_LOAD_ACQUIRE(&ring.header.parsed)
         cdef uint64_t end = parsed if parsed - at < BURST else at + BURST
@@ -549,6 +550,7 @@ cdef class ExtractLoop:
                 if record.iteration > ring.state.highest_iteration:
                     ring.state.highest_iteration = record.iteration
                 self._reach(ring, record)
+                ring.last_proof_ns = now
             if verdict == FC_PLACED or verdict == FC_INITIAL_STATE or verdict == FC_STEP_RECORD:
                 verdict = self._place(ring, record)
                 if verdict == STALLED:
@@ -575,9 +577,7 @@ cdef class ExtractLoop:
         with nogil:
             now = _now_ns()
             for i in range(self.ring_count):
-                if FC_LOAD_ACQUIRE(&self.rings[i].header.parsed) != self.rings[i].state.extracted:
-                    self.rings[i].last_record_ns = now
-                work += self._burst(&self.rings[i])
+                work += self._burst(&self.rings[i], now)
             work += self._settle(now)
             for i in range(self.ring_count):
                 all_drained &= self._drained(&self.rings[i])

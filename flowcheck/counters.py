@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flowcheck import _atomics
 from flowcheck.formats import DUMP_STATE, EXTRACT_STATE, PARSE_COUNTS, RING_HEADER
 from flowcheck.ring import PacketRing
 from flowcheck.verdicts import COUNTERS, VERDICTS
@@ -15,35 +16,30 @@ from flowcheck.verdicts import COUNTERS, VERDICTS
 __all__ = ["dump_state", "extract_state", "packet_counters", "parse_counts"]
 
 
-def _published(ring: PacketRing, stage: str, dtype: np.dtype) -> np.void:
-    """Return the newest state that a stage has published whole; zeros if there is none."""
+def _published(ring: PacketRing, stage: str, cursor: str, dtype: np.dtype) -> np.void:
+    """Return the newest state that a stage has published, which it does before it moves its cursor; zeros if there is none."""
     header = np.frombuffer(ring.memory, RING_HEADER, 1)[0]
-    offset, size = int(header[f"{stage}_state_offset"]), int(header[f"{stage}_state_bytes"])
+    block, copy_bytes = int(header[f"{stage}_state_offset"]), int(header[f"{stage}_state_bytes"])
     while True:
-        best, state = 0, np.zeros((), dtype)[()]
-        for copy in range(2):
-            at = offset + copy * size
-            sequence = int(np.frombuffer(ring.memory, "<u8", 1, at)[0])
-            if sequence > best:
-                best, state = sequence, np.frombuffer(ring.memory, dtype, 1, at + 8)[0].copy()
-                where = at
-        if best == 0 or int(np.frombuffer(ring.memory, "<u8", 1, where)[0]) == best:
-            return state  # not written over while it was read
+        begun = getattr(ring, cursor)
+        state = _atomics.published(ring.memory, block, copy_bytes, dtype.itemsize)
+        if state is not None or not begun:
+            return np.frombuffer(state or bytes(dtype.itemsize), dtype)[0]
 
 
 def dump_state(ring: PacketRing) -> np.void:
     """Return the dump's newest state, a record of DUMP_STATE."""
-    return _published(ring, "dump", DUMP_STATE)
+    return _published(ring, "dump", "written", DUMP_STATE)
 
 
 def parse_counts(ring: PacketRing) -> np.void:
     """Return the parser's newest counters, a record of PARSE_COUNTS."""
-    return _published(ring, "parse", PARSE_COUNTS)
+    return _published(ring, "parse", "parsed", PARSE_COUNTS)
 
 
 def extract_state(ring: PacketRing) -> np.void:
     """Return the extractor's newest state on a ring, a record of EXTRACT_STATE."""
-    return _published(ring, "extract", EXTRACT_STATE)
+    return _published(ring, "extract", "extracted", EXTRACT_STATE)
 
 
 def packet_counters(rings: Iterable[PacketRing]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ cdef class DumpLoop:
         fc_publish(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))
 
     def stop(self) -> None:
-        """stop(): say that no frame follows; for a port, whose end only its owner knows."""
+        """stop(): say that no frame follows, and take none; for a port, whose end only its owner knows."""
         FC_STORE_RELEASE(&self.header.ended, 1)
 
     cdef uint64_t _burst(self) noexcept nogil:
@@ -198,9 +198,9 @@ cdef class DumpLoop:
         cdef uint64_t stored = 0
         cdef rte_eth_stats stats
         cdef timespec clock
+        if self.header.ended:
+            return 0  # the stages behind may have gone home
         if not self.live:
-            if self.header.ended:
-                return 0
             if self.taken == self.frames:
                 FC_STORE_RELEASE(&self.header.ended, 1)
                 return 1

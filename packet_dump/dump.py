@@ -8,6 +8,7 @@ everything back. Killed at any instruction and made anew over the same ring, it 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import tempfile
@@ -135,25 +136,26 @@ class PortDump(_Dump):
     def __init__(self, eal: object, devargs: str, ring: PacketRing, engine: CopyEngine | None = None) -> None:
         if not devargs:
             raise DeviceError("no port is named")
-        self._waits, self._stopping = devargs.startswith("net_memif"), False
+        self._last: float | None = None  # frames taken when it ends, once it is told to
+        self._waits = devargs.startswith("net_memif")
+        self._ring = ring
         super().__init__(ring, devargs, live=True, waits=self._waits, frames=0, engine=engine)
 
     def poll(self) -> int:
         """Move one burst; return how many frames came."""
         moved = self._loop.poll()
-        if self._stopping and not moved and not self._loop.held:
+        if self._last is not None and ((not moved and not self._loop.held) or self._loop.frames_taken >= self._last):
             self._loop.stop()
         return moved
 
     def stop(self) -> None:
-        """Say that no frame follows: the stages behind end when they have drained the ring.
+        """Take what waits at the port, then say that no frame follows: the stages behind end when they have drained the ring.
 
-        A port that was left alone is drained first.
+        The first poll that finds nothing ends it, or the ring's room of further frames: a mirror may never fall silent.
+        What a memif port was kept from sending is all taken.
         """
-        if self._waits:
-            self._stopping = True
-        else:
-            self._loop.stop()
+        if self._last is None:
+            self._last = math.inf if self._waits else self._loop.frames_taken + self._ring.records
 
 
 class InterfaceDump(PortDump):
@@ -188,10 +190,10 @@ class InterfaceDump(PortDump):
         """Move one burst; return how many frames came."""
         now = time.monotonic()
         if now - self._looked < COUNT_S:
-            return self._loop.poll()
+            return super().poll()
         self._looked = now
         count = self._count()
-        moved = self._loop.poll()
+        moved = super().poll()
         if not moved and count is not None:
             self._loop.note_interface(count)
         return moved

@@ -108,6 +108,7 @@ cdef class RingParser:
     cdef list tables
     cdef uint64_t silence_ns
     cdef bint check_icrc
+    cdef bint ended             # no record follows those of this poll
 
     def __cinit__(self):
         self.state = NULL
@@ -266,7 +267,10 @@ cdef class RingParser:
         return FC_CONTROL
 
     cdef int _find_proof(self, const flow_entry *entry, uint64_t index, uint64_t written) noexcept nogil:
-        """Look behind record `index` for the packet that proves what is held: 1 found, 0 there is none, -1 not yet."""
+        """Look behind record `index` for the packet that proves what is held: 1 found, 0 there is none, -1 not yet.
+
+        `self.ended` was read before `written`: a dump that ended since may have brought the proof behind `written`.
+        """
         cdef fc_data_flow flow = self.flows[entry.index]
         cdef fc_sync *sync = self.state.sync + entry.index
         cdef uint64_t ahead
@@ -287,7 +291,7 @@ cdef class RingParser:
                 continue  # the end of a message, which has no address
             fc_extend_proof(&flow, sync, &wire)
             return 1
-        if FC_LOAD_ACQUIRE(&self.header.ended) or written - index > self.mask / 2:
+        if self.ended or written - index > self.mask / 2:
             return 0
         return -1
 
@@ -413,6 +417,7 @@ cdef class RingParser:
         cdef uint32_t done
         if self.header == NULL:
             return 0
+        self.ended = FC_LOAD_ACQUIRE(&self.header.ended) != 0
         written = FC_LOAD_ACQUIRE(&self.header.written)
         if written == self.state.counts.parsed:
             return 0

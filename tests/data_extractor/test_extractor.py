@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The extractor over annotated rings: coverage, bounds, settling, and restarts at every record."""
 
+import copy
+import json
 import random
+import time
 
 import numpy as np
 import pytest
 
 from data_extractor.extractor import Extractor
 from flowcheck import _atomics
+from flowcheck import plan as plans
 from flowcheck.formats import EXTRACT_STATE, RING_HEADER
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
@@ -120,6 +124,31 @@ def test_who_takes_an_iteration_only_when_the_next_is_settled_is_not_waited_for(
         if slots.consumed_next + 1 < slots.settled_next:
             slots.consumed_next += 1
     assert extractor.finished and slots.settled_next == 13
+
+
+def test_a_live_stream_that_proves_nothing_is_silent_whatever_it_brings(tmp_path):
+    """One stream shows its link; on the other, which should show the second, something comes for ever that is not the job's."""
+    document = copy.deepcopy(jobs.EXAMPLE)
+    host = document["shards"][0]["streams"][0]["host"]
+    document["shards"][0]["streams"] = [{"name": f"link-{n}", "links": [n], "host": host} for n in range(2)]
+    document["silence_ms"], document["shards"][0]["layout"]["mtu"] = 1, 1024
+    job, plan = jobs.Job(6), plans.parse(json.dumps(document))
+    good = parsed(tmp_path, job, plan, [piece for piece in job.pieces if piece.edge == 0], "link-0")
+    noisy = jobs.ring_of(tmp_path, plan, [bytes(100)] * 512, "link-1")
+    np.frombuffer(noisy.memory, RING_HEADER, 1)["live"] = 1
+    jobs.publish(noisy, "ended", 0)
+    slots = jobs.slots_of(tmp_path, plan)
+    extractor = Extractor([good, noisy], plan, slots)
+    for number in range(512):
+        noisy.record(number)["verdict"], noisy.record(number)["connection"] = UNSYNCHRONISED, 1
+        jobs.publish(noisy, "parsed", number + 1)
+        extractor.poll()
+        slots.consumed_next = slots.settled_next
+        time.sleep(0.002)
+        if slots.settled_next == 6:
+            break
+    assert slots.settled_next == 6  # nothing shows yet that the job has gone past the last one
+    assert noisy.extracted < 512
 
 
 def synthetic(tmp_path, records, frame=bytes(2000)):

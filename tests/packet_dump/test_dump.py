@@ -150,11 +150,29 @@ def test_a_port_drops_what_a_full_ring_cannot_take_and_counts_it(eal, tmp_path):
         for _ in range(50):
             dump.poll()
         dump.stop()
+        while not dump.finished:
+            dump.poll()
         counters = dump.counters()
         dump.close()
         assert target.written == 64 and target.ended
     assert counters["dropped_ring_full"] > 1000
     assert counters["received"] == 64 + counters["dropped_ring_full"]
+
+
+def test_no_frame_follows_the_end_of_a_port(eal, tmp_path):
+    """The port never falls silent; what is behind the dump ends when it has drained what was there at the end."""
+    with ring(tmp_path, records=64) as target:
+        dump = PortDump(eal, f"net_null{next(_devices)},size=256", target)
+        dump.stop()
+        for _ in range(1000):
+            dump.poll()
+            jobs.publish(target, "extracted", target.written)
+            if target.ended:
+                break
+        assert dump.finished and 0 < target.written < 200
+        last = target.written
+        assert dump.poll() == 0 and target.written == last
+        dump.close()
 
 
 def test_devices_that_are_not_there_are_device_errors(eal, tmp_path):

@@ -3,6 +3,8 @@
 
 import random
 import struct
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -355,6 +357,30 @@ def test_killed_and_started_again_gives_the_same(tmp_path, parse, seed):
     names = [n for n in expected.dtype.names if n not in ("timestamp_ns", "sequence")]
     assert all((np.array(found)[n] == expected[n]).all() for n in names)
     assert expected_counters["verdicts"]["placed"] > 500
+
+
+def test_a_proof_that_comes_with_the_end_of_the_dump_is_found(tmp_path):
+    """The dump brings it, and ends, while the parser looks for it in what was there before."""
+    tables = program()
+    tables.encoding = 1
+    for rows in tables.rows:
+        rows["encoding"] = 1
+    sent = send(iterations=1)
+    lost = next(i for i, s in enumerate(sent) if s.begins and not s.ends and not sent[i + 1].ends and i > 0)
+    proof = next(i for i in range(lost + 1, len(sent)) if sent[i].begins)
+    filled = FilledRing(tmp_path / "ring", frame_bytes=512, records=1 << 15)
+    filled.add([s.frame for s in (*sent[:lost], *sent[lost + 1 : proof])] + [bytes(60)] * 15_000, end=False)
+    parser = parser_of(filled.ring, tables)
+    while parser.poll():
+        pass
+    assert filled.ring.parsed == lost  # what follows the lost packet is held
+
+    polling = threading.Thread(target=lambda: [parser.poll() for _ in iter(lambda: parser.finished, True)])
+    polling.start()
+    time.sleep(0.05)  # it looks through those records again and again
+    filled.add([sent[proof].frame])
+    polling.join()
+    assert UNSYNCHRONISED not in verdicts(filled.annotations())
 
 
 def test_a_record_that_lies_about_its_length_stays_inside(tmp_path):
