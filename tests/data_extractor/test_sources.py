@@ -51,7 +51,7 @@ def job(request, tmp_path_factory):
     return RingJob(tmp_path_factory.mktemp("job"), range(RANKS), ranks=RANKS, protocol=request.param, channels=2)
 
 
-@pytest.mark.parametrize("count", range(2, 9))
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_streams_cut_anywhere_bring_what_they_cover(tmp_path, job, count):
     rng = random.Random(count)
     frames = {}
