@@ -70,6 +70,7 @@ cdef struct revision_view:
     uint64_t first_iteration
     uint32_t first_piece
     uint32_t pieces
+    uint32_t buckets            # the first of the pieces; a step record may follow
     uint64_t connections        # bit per connection that sends anything of these iterations
 
 
@@ -187,7 +188,8 @@ cdef class ExtractLoop:
     cdef uint8_t *initial       # the initial-state slot, NULL if none
     cdef revision_view revisions[MOST_REVISIONS]
     cdef uint32_t revision_count
-    cdef uint64_t pieces[MOST_PIECES][2]  # unit ranges [first, last) that hold data
+    cdef uint64_t pieces[MOST_PIECES][3]  # unit ranges [first, last) that hold data; bytes that the last unit lacks
+    cdef uint64_t edge_of[MOST_CONNECTIONS]  # its number among those that are mirrored
     cdef revision_view initial_view
     cdef uint64_t silence_ns
     cdef fc_ll_strip strip
@@ -196,7 +198,7 @@ cdef class ExtractLoop:
     cdef bytearray _scratch
 
     def __cinit__(self, rings, memories, connections, slots_memory, uint64_t first_offset, uint64_t gradients_offset,
-                  revisions, initial, uint64_t initial_connections, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
+                  revisions, initial, uint64_t initial_connections, edges, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
         """Wire the loop up; `extractor.Extractor` is the way to make one."""
         cdef unsigned char[::1] view
         cdef uint32_t i, at
@@ -232,9 +234,14 @@ cdef class ExtractLoop:
             raise FlowCheckError("the plan has more revisions or buckets than the extractor takes")
         at = 0
         self.revision_count = len(revisions)
-        for i, (first, ranges, carried) in enumerate(revisions):
+        for i, (first, ranges, buckets, carried) in enumerate(revisions):
             self.revisions[i].first_iteration, self.revisions[i].connections = first, carried
+            self.revisions[i].buckets = buckets
             at = self._add_pieces(&self.revisions[i], ranges, at)
+        for i, place in enumerate(edges):
+            if place >= self.header.edges:
+                raise FlowCheckError(f"the slots have room for {self.header.edges} edges, the plan mirrors more")
+            self.edge_of[i] = place
         self.initial_view.connections = initial_connections
         if initial:
             self._add_pieces(&self.initial_view, initial, at)
@@ -246,6 +253,7 @@ cdef class ExtractLoop:
         for begin, end in ranges:
             self.pieces[at][0] = begin // 8
             self.pieces[at][1] = (end + 7) // 8
+            self.pieces[at][2] = -end % 8
             at += 1
         return at
 
@@ -293,19 +301,28 @@ cdef class ExtractLoop:
         self._open(slot, iteration)
         return slot
 
-    cdef void _open(self, fc_slot *slot, uint64_t iteration) noexcept nogil:
+    cdef revision_view *_view(self, uint64_t iteration) noexcept nogil:
         cdef revision_view *view = &self.initial_view
-        cdef uint64_t *claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset)
-        cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset)
-        cdef uint64_t unit, end = 0
         cdef uint32_t i
         if iteration:
             view = &self.revisions[0]
             for i in range(self.revision_count):
                 if self.revisions[i].first_iteration <= iteration:
                     view = &self.revisions[i]
-        memset(claim, 0, slot.done_offset - slot.claim_offset)
-        memset(done, 0, slot.done_offset - slot.claim_offset)
+        return view
+
+    cdef void _open(self, fc_slot *slot, uint64_t iteration) noexcept nogil:
+        cdef revision_view *view = self._view(iteration)
+        cdef uint64_t *claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset)
+        cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset)
+        cdef uint64_t unit, end = 0
+        cdef uint64_t bitmap = slot.done_offset - slot.claim_offset
+        cdef uint32_t i
+        memset(claim, 0, bitmap)
+        memset(done, 0, bitmap)
+        if slot.edges_offset != slot.done_offset:
+            memset(<uint8_t *> slot + slot.edges_offset, 0, self.header.edges * bitmap)
+        memset(slot.source_bytes, 0, sizeof(slot.source_bytes))
         slot.done_units = 0
         # Padding between buckets is done from the start: nobody brings it.
         for i in range(view.first_piece, view.first_piece + view.pieces):
@@ -329,6 +346,7 @@ cdef class ExtractLoop:
         cdef fc_slot *slot
         cdef uint64_t *claim
         cdef uint64_t *done
+        cdef uint64_t *seen
         cdef window where
         cdef uint64_t fresh[MOST_WORDS]
         cdef uint64_t have, bits, unit
@@ -402,6 +420,13 @@ cdef class ExtractLoop:
             if fresh[i]:
                 FC_FETCH_OR(&done[i], fresh[i])
                 bits += FC_POPCOUNT(fresh[i])
+        if slot.edges_offset != slot.done_offset and record.connection < MOST_CONNECTIONS:
+            # Who takes over between this and the line above finds all of it claimed, and comes here again.
+            seen = <uint64_t *> (<uint8_t *> slot + slot.edges_offset + self.edge_of[record.connection]
+                                 * (slot.done_offset - slot.claim_offset)) + where.first // 64
+            for i in range(where.words):
+                if where.bits[i] & ~seen[i]:
+                    FC_FETCH_OR(&seen[i], where.bits[i])
         if bits:
             FC_FETCH_ADD(&slot.done_units, bits)
             if slot.first_ns == 0:
@@ -441,13 +466,7 @@ cdef class ExtractLoop:
 
     cdef uint64_t _expected(self, uint64_t iteration) noexcept nogil:
         """Return the connections, a bit each, that send anything of an iteration."""
-        cdef revision_view *view = &self.initial_view
-        cdef uint32_t i
-        if iteration:
-            for i in range(self.revision_count):
-                if self.revisions[i].first_iteration <= iteration:
-                    view = &self.revisions[i]
-        return view.connections
+        return self._view(iteration).connections
 
     cdef bint _is_past(self, uint64_t iteration, uint64_t now, bint whole, bint overtaken, bint *ended) noexcept nogil:
         """Whether no stream can still bring a byte of an iteration; `ended`: some only because they are over.
@@ -508,9 +527,45 @@ cdef class ExtractLoop:
                 slot.reason = FC_REASON_CONFLICT if slot.conflicts else FC_REASON_END_OF_STREAM if ended else FC_REASON_MISSING
             else:
                 break
+            if iteration:
+                self._count_sources(slot, self._view(iteration))
             FC_STORE_RELEASE(&self.header.settled_next, iteration + 1)
             settled += 1
         return settled
+
+    cdef void _count_sources(self, fc_slot *slot, revision_view *view) noexcept nogil:
+        """Count the bytes of a slot's gradient by how many edges brought them: 64 units at once, by carrying."""
+        cdef uint64_t words = (slot.done_offset - slot.claim_offset) // 8
+        cdef uint64_t *edges = <uint64_t *> (<uint8_t *> slot + slot.edges_offset)
+        cdef uint64_t several = self.header.edges if slot.edges_offset != slot.done_offset else 1
+        cdef uint64_t least[3]      # units that one edge brought at least, two, three
+        cdef uint64_t counts[4]
+        cdef uint64_t word, mask, first, last, edge, bits, sources
+        cdef uint32_t i
+        memset(counts, 0, sizeof(counts))
+        for i in range(view.first_piece, view.first_piece + view.buckets):
+            first, last = self.pieces[i][0], self.pieces[i][1]
+            sources = 0
+            for word in range(first // 64, (last + 63) // 64):
+                mask = ~(<uint64_t> 0)
+                if word == first // 64:
+                    mask <<= first % 64
+                if word == last // 64:
+                    mask &= (<uint64_t> 1 << (last % 64)) - 1
+                memset(least, 0, sizeof(least))
+                for edge in range(several):
+                    bits = edges[edge * words + word] & mask
+                    least[2] |= least[1] & bits
+                    least[1] |= least[0] & bits
+                    least[0] |= bits
+                counts[0] += 8 * (FC_POPCOUNT(mask) - FC_POPCOUNT(least[0]))
+                counts[1] += 8 * (FC_POPCOUNT(least[0]) - FC_POPCOUNT(least[1]))
+                counts[2] += 8 * (FC_POPCOUNT(least[1]) - FC_POPCOUNT(least[2]))
+                counts[3] += 8 * FC_POPCOUNT(least[2])
+                bits = <uint64_t> 1 << ((last - 1) % 64)
+                sources = ((least[0] & bits) != 0) + ((least[1] & bits) != 0) + ((least[2] & bits) != 0)
+            counts[sources] -= self.pieces[i][2]
+        memcpy(slot.source_bytes, counts, sizeof(counts))
 
     cdef void _reach(self, ring_view *ring, fc_record *record) noexcept nogil:
         """Note how far a record shows its connection to be."""

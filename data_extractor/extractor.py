@@ -42,9 +42,16 @@ class Extractor:
             self._engine.register(memory)
         shown = [_bits(plan.shard.stream_connections(ring.stream)) for ring in rings]
         revisions = [
-            (revision.from_iteration, plan.slot_pieces(revision), _bits(carried(plan, revision.from_iteration)))
+            (
+                revision.from_iteration,
+                plan.slot_pieces(revision),
+                len(revision.buckets),
+                _bits(carried(plan, revision.from_iteration)),
+            )
             for revision in plan.shard.revisions
         ]
+        edges = plan.shard.mirrored_edges
+        places = [edges.index(c.edge) if c.edge in edges else 0 for c in plan.shard.connections]
         self._loop = ExtractLoop(
             rings,
             [ring.memory for ring in rings],
@@ -55,6 +62,7 @@ class Extractor:
             revisions,
             plan.initial_ranges,
             _bits(carried(plan, 0)),
+            places,
             plan.silence_ms * 1_000_000,
             self._engine,
             kernel,

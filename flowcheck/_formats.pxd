@@ -134,7 +134,7 @@ cdef struct fc_slots_header:
     uint32_t version
     uint32_t header_bytes       # offset of the initial-state slot
     uint32_t slots              # gradient slots
-    uint32_t reserved
+    uint32_t edges              # that are mirrored, those of the connections that streams show
     uint64_t gradient_bytes     # room of a gradient slot: buckets, each begun on 64 bytes
     uint64_t initial_bytes      # room of the initial-state slot (0: the plan has none)
     uint64_t slot_bytes         # distance of two gradient slots
@@ -178,7 +178,9 @@ cdef struct fc_slot:
     uint64_t done_offset
     uint64_t data_offset
     uint64_t data_bytes
-    uint64_t reserved[4]
+    uint64_t edges_offset       # of the bitmaps, one per edge: units that it brought; done_offset where there is one edge
+    uint64_t source_bytes[4]    # of the gradient, when it is settled: how many came over no, one, two, more edges
+    uint64_t reserved[7]
 
 # The layout table of one queue pair, compiled by flowcheck/layout.py, read by the parser.
 # A program is a list of segments; a segment is a list of rows that is passed `repeats` times (0: for ever).

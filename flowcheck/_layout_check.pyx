@@ -40,6 +40,7 @@ def layout() -> dict:
             "extract_state_bytes": <char *> &ring.extract_state_bytes - <char *> &ring,
         }),
         "SLOTS_HEADER": (sizeof(fc_slots_header), {
+            "edges": <char *> &slots.edges - <char *> &slots,
             "gradient_bytes": <char *> &slots.gradient_bytes - <char *> &slots,
             "identity": <char *> &slots.identity - <char *> &slots,
             "settled_next": <char *> &slots.settled_next - <char *> &slots,
@@ -52,6 +53,8 @@ def layout() -> dict:
             "done_units": <char *> &slot.done_units - <char *> &slot,
             "claim_offset": <char *> &slot.claim_offset - <char *> &slot,
             "data_bytes": <char *> &slot.data_bytes - <char *> &slot,
+            "edges_offset": <char *> &slot.edges_offset - <char *> &slot,
+            "source_bytes": <char *> &slot.source_bytes - <char *> &slot,
         }),
         "ROW": (sizeof(fc_row), {
             "message_bytes": <char *> &row.message_bytes - <char *> &row,

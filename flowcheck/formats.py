@@ -21,10 +21,13 @@ __all__ = [
     "SLOT",
     "SLOTS_HEADER",
     "SLOTS_MAGIC",
+    "SLOTS_VERSION",
     "VERSION",
 ]
 
+#: Of the packet ring, and of the slot file.
 VERSION = 1
+SLOTS_VERSION = 2
 #: After PNG's: a byte above 127 and a line feed show a transfer that changed either.
 RING_MAGIC = b"\x89FCRING\n"
 SLOTS_MAGIC = b"\x89FCSLOT\n"
@@ -131,7 +134,7 @@ SLOTS_HEADER = np.dtype(
         ("version", "<u4"),
         ("header_bytes", "<u4"),
         ("slots", "<u4"),
-        ("reserved", "<u4"),
+        ("edges", "<u4"),
         ("gradient_bytes", "<u8"),
         ("initial_bytes", "<u8"),
         ("slot_bytes", "<u8"),
@@ -163,7 +166,9 @@ SLOT = np.dtype(
         ("done_offset", "<u8"),
         ("data_offset", "<u8"),
         ("data_bytes", "<u8"),
-        ("reserved", "<u8", 4),
+        ("edges_offset", "<u8"),
+        ("source_bytes", "<u8", 4),
+        ("reserved", "<u8", 7),
     ]
 )
 

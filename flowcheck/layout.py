@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,6 +48,7 @@ __all__ = [
     "packet_count",
     "queue_pair_pieces",
     "sent_messages",
+    "single_sources",
     "wire_bytes",
 ]
 
@@ -465,18 +467,47 @@ def final_messages(plan: Plan, index: int, bucket: Bucket | None) -> FinalMessag
     return FinalMessages(begin, counted[final], wire_bytes(plan.shard.layout, data[final]))
 
 
+def _final_ranges(plan: Plan, index: int, revision: Revision) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of slot bytes that a connection carries fully reduced in an iteration, the step record aside."""
+    for bucket, offset in zip(revision.buckets, revision.bucket_offsets, strict=True):
+        final = final_messages(plan, index, bucket)
+        begin = offset + final.begin
+        yield from zip(begin.tolist(), (begin + final.bytes).tolist(), strict=True)
+
+
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
     """Return the byte ranges of an iteration's flat gradient that some mirrored connection carries fully reduced."""
     shard, ranges = plan.shard, []
-    shown = sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)})
-    for index in shown:
-        for operation in _iteration(plan, index, shard.revision(iteration)):
-            if operation.verdicts[0] == "other_collective":
-                continue
-            final = operation.messages[operation.messages["final"] & (operation.messages["elements"] > 0)]
-            begin = operation.destination + final["first"] * operation.width
-            ranges += zip(begin.tolist(), (begin + final["elements"] * operation.width).tolist(), strict=True)
+    for index in sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)}):
+        ranges += _final_ranges(plan, index, shard.revision(iteration))
     return plan.flat_ranges(iteration, ranges)
+
+
+def single_sources(plan: Plan, revision: Revision) -> list[tuple[int, int, int]]:
+    """Return what of a flat gradient only one mirrored edge carries fully reduced: (begin, end, edge), by begin.
+
+    Whatever is lost of it no other edge repairs.
+    """
+    shard = plan.shard
+    shown = {index for stream in shard.streams for index in shard.stream_connections(stream.name)}
+    per_edge: dict[int, list[tuple[int, int]]] = {}
+    for index in shown:
+        per_edge.setdefault(shard.connections[index].edge, []).extend(_final_ranges(plan, index, revision))
+    turns = []
+    for edge, ranges in per_edge.items():
+        for begin, end in plan.flat_ranges(revision.from_iteration, ranges):
+            turns += [(begin, edge), (end, edge)]
+    out: list[tuple[int, int, int]] = []
+    carrying: set[int] = set()
+    before = 0
+    for at, edge in sorted(turns):
+        if len(carrying) == 1 and before < at:
+            (only,) = carrying
+            joins = bool(out) and out[-1][1:] == (before, only)
+            out.append((out.pop()[0] if joins else before, at, only))
+        carrying ^= {edge}
+        before = at
+    return out
 
 
 def carried(plan: Plan, iteration: int) -> list[int]:

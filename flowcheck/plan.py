@@ -190,7 +190,7 @@ class Revision(_Model):
         """Byte offset of each bucket in a slot."""
         return [begin for begin, _ in self.slot_ranges]
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of one iteration's gradient, flat, without padding."""
         return sum(bucket.bytes for bucket in self.buckets)
@@ -518,6 +518,11 @@ class Shard(_Model):
             if stream.name == name:
                 return stream
         raise ConfigError(f"stream {name!r} is not in the plan, which has: {', '.join(s.name for s in self.streams)}")
+
+    @property
+    def mirrored_edges(self) -> list[int]:
+        """The edges that any stream shows, ascending."""
+        return sorted({link for stream in self.streams for link in stream.links})
 
     def stream_connections(self, name: str) -> list[int]:
         """Return the indices of the connections whose packets a stream shows."""

@@ -2,8 +2,9 @@
 """The slot file: a few iterations' gradients, each with its coverage, between extractor and updater.
 
 The slot of the initial state comes first (it may be empty), then `slots` gradient slots; iteration i lies in number
-(i - 1) mod `slots`. Coverage is two bitmaps, one bit per unit of 8 bytes: claimed, and done. docs/slot-format.md draws
-the file. The extractor opens and settles slots; the updater gives them back by advancing `consumed_next`.
+(i - 1) mod `slots`. Coverage is two bitmaps, one bit per unit of 8 bytes: claimed, and done; and where several edges are
+mirrored, one per edge of what it brought. docs/slot-format.md draws the file.
+The extractor opens and settles slots; the updater gives them back by advancing `consumed_next`.
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ import numpy as np
 
 from flowcheck import _atomics, mapped
 from flowcheck.errors import ConfigError, SlotFormatError
-from flowcheck.formats import SLOT, SLOTS_HEADER, SLOTS_MAGIC, VERSION
+from flowcheck.formats import SLOT, SLOTS_HEADER, SLOTS_MAGIC, SLOTS_VERSION
 from flowcheck.mapped import PAGE
 from flowcheck.plan import Plan
 
 __all__ = ["EMPTY", "FILLING", "INCOMPLETE", "REASONS", "UNIT_BYTES", "WHOLE", "SlotFile"]
 
 UNIT_BYTES = 8
+#: Edges of a plan: no more than it has connections.
+MOST_EDGES = 64
 EMPTY, FILLING, WHOLE, INCOMPLETE = range(4)
 #: Names of fc_slot.reason.
 REASONS = (None, "missing", "conflict", "end_of_stream")
 
 
-def _slot_offsets(data_bytes: int) -> tuple[int, int, int, int]:
-    """Return (claim, done, data offset, whole size) of a slot with room for so many bytes."""
+def _slot_offsets(data_bytes: int, edges: int = 1) -> tuple[int, int, int, int, int]:
+    """Return (claim, done, edges, data offset, whole size) of a slot with room for so many bytes from so many edges.
+
+    What one edge alone brings is what is done.
+    """
     units = -(-data_bytes // UNIT_BYTES)
     bitmap = -(-units // 512) * 64
     claim = PAGE
     done = claim + bitmap
-    data = -(-(done + bitmap) // PAGE) * PAGE
-    return claim, done, data, -(-(data + data_bytes) // PAGE) * PAGE
+    each, end = (done + bitmap, done + bitmap * (1 + edges)) if edges > 1 else (done, done + bitmap)
+    data = -(-end // PAGE) * PAGE
+    return claim, done, each, data, -(-(data + data_bytes) // PAGE) * PAGE
 
 
 class SlotFile:
@@ -47,6 +54,7 @@ class SlotFile:
         slots: gradient slots.
         gradient_bytes: room of one.
         initial_bytes: room of the initial-state slot; 0 if the plan has none on the wire.
+        edges: mirrored ones.
         identity: the job's identity, 128 bytes.
     """
 
@@ -55,8 +63,8 @@ class SlotFile:
         self.path, self.memory = path, memory
         self.slots, self.gradient_bytes = int(header["slots"]), int(header["gradient_bytes"])
         self.initial_bytes, self._slot_bytes = int(header["initial_bytes"]), int(header["slot_bytes"])
-        self._first = int(header["header_bytes"])
-        self._gradients = self._first + (_slot_offsets(self.initial_bytes)[3] if self.initial_bytes else 0)
+        self.edges, self._first = int(header["edges"]), int(header["header_bytes"])
+        self._gradients = self._first + (_slot_offsets(self.initial_bytes)[-1] if self.initial_bytes else 0)
         self.identity = header["identity"].tobytes()
 
     @classmethod
@@ -69,6 +77,7 @@ class SlotFile:
         initial_bytes: int,
         identity: bytes,
         first_step: int = 1,
+        edges: int = 1,
     ) -> SlotFile:
         """Make a slot file; `path` must not exist. Mode 0600; it appears under its name only when it is whole.
 
@@ -76,20 +85,21 @@ class SlotFile:
         """
         path = Path(path)
         header = np.zeros((), SLOTS_HEADER)
-        header["magic"], header["version"], header["header_bytes"] = np.void(SLOTS_MAGIC), VERSION, PAGE
+        header["magic"], header["version"], header["header_bytes"] = np.void(SLOTS_MAGIC), SLOTS_VERSION, PAGE
         header["slots"], header["gradient_bytes"], header["initial_bytes"] = slots, gradient_bytes, initial_bytes
-        header["slot_bytes"] = _slot_offsets(gradient_bytes)[3]
+        header["edges"], header["slot_bytes"] = edges, _slot_offsets(gradient_bytes, edges)[-1]
         header["created_ns"] = time.time_ns()
         header["identity"] = np.frombuffer(identity, SLOTS_HEADER["identity"])[0]
         header["settled_next"] = header["consumed_next"] = 0 if initial_bytes else first_step
-        initial_size = _slot_offsets(initial_bytes)[3] if initial_bytes else 0
+        initial_size = _slot_offsets(initial_bytes)[-1] if initial_bytes else 0
         size = PAGE + initial_size + slots * int(header["slot_bytes"])
         pieces = {0: header.tobytes()}
         for number in range(-1 if initial_bytes else 0, slots):
             room = initial_bytes if number < 0 else gradient_bytes
             slot = np.zeros((), SLOT)
             slot["iteration"] = np.uint64(2**64 - 1)  # of nobody yet
-            slot["claim_offset"], slot["done_offset"], slot["data_offset"], _ = _slot_offsets(room)
+            offsets = _slot_offsets(room, 1 if number < 0 else edges)
+            slot["claim_offset"], slot["done_offset"], slot["edges_offset"], slot["data_offset"], _ = offsets
             slot["data_bytes"] = room
             begin = PAGE if number < 0 else PAGE + initial_size + number * int(header["slot_bytes"])
             pieces[begin] = slot.tobytes()
@@ -116,38 +126,43 @@ class SlotFile:
         path, identity = Path(path), plan.identity()
         if path.exists():
             return cls.open(path, identity)
-        rooms = {"gradient_bytes": plan.slot_bytes, "initial_bytes": plan.initial_bytes}
+        rooms = {
+            "gradient_bytes": plan.slot_bytes,
+            "initial_bytes": plan.initial_bytes,
+            "edges": len(plan.shard.mirrored_edges),
+        }
         return cls.create(path, slots=plan.slots, identity=identity, first_step=plan.first_step, **rooms)
 
     @staticmethod
     def bytes_for(plan: Plan) -> int:
         """Return the bytes of a plan's slot file."""
-        return PAGE + sum(
-            _slot_offsets(room)[3]
-            for room in [plan.initial_bytes] * (plan.initial_bytes > 0) + [plan.slot_bytes] * plan.slots
-        )
+        initial = _slot_offsets(plan.initial_bytes)[-1] if plan.initial_bytes else 0
+        return PAGE + initial + plan.slots * _slot_offsets(plan.slot_bytes, len(plan.shard.mirrored_edges))[-1]
 
     @staticmethod
     def _problem(memory: mmap.mmap, header: np.void, size: int) -> str | None:
         if header["magic"].tobytes() != SLOTS_MAGIC:
             return "no slot file (its magic is missing)"
-        if header["version"] != VERSION or header["header_bytes"] != PAGE:
-            return f"version {int(header['version'])}, expected {VERSION}"
+        if header["version"] != SLOTS_VERSION or header["header_bytes"] != PAGE:
+            return f"version {int(header['version'])}, expected {SLOTS_VERSION}"
         slots, gradient, initial = (int(header[name]) for name in ("slots", "gradient_bytes", "initial_bytes"))
-        if not (1 <= slots <= 4096 and 0 < gradient < 2**44 and initial < 2**44):
-            return f"{slots} slots of {gradient} bytes cannot be"
-        if header["slot_bytes"] != _slot_offsets(gradient)[3]:
-            return f"slot_bytes is {int(header['slot_bytes'])}, expected {_slot_offsets(gradient)[3]}"
+        edges = int(header["edges"])
+        if not (1 <= slots <= 4096 and 0 < gradient < 2**44 and initial < 2**44 and 1 <= edges <= MOST_EDGES):
+            return f"{slots} slots of {gradient} bytes from {edges} edges cannot be"
+        if header["slot_bytes"] != _slot_offsets(gradient, edges)[-1]:
+            return f"slot_bytes is {int(header['slot_bytes'])}, expected {_slot_offsets(gradient, edges)[-1]}"
         begin = PAGE
-        rooms = ([initial] if initial else []) + [gradient] * slots
-        if begin + sum(_slot_offsets(room)[3] for room in rooms) != size:
-            return f"its size is {size}, its header promises {begin + sum(_slot_offsets(room)[3] for room in rooms)}"
-        for room in rooms:
+        rooms = ([(initial, 1)] if initial else []) + [(gradient, edges)] * slots
+        promised = begin + sum(_slot_offsets(*room)[-1] for room in rooms)
+        if promised != size:
+            return f"its size is {size}, its header promises {promised}"
+        for room, of in rooms:
             slot = np.frombuffer(memory, SLOT, 1, begin)[0]
-            found = tuple(int(slot[name]) for name in ("claim_offset", "done_offset", "data_offset", "data_bytes"))
-            if found != (*_slot_offsets(room)[:3], room) or int(slot["units"]) * UNIT_BYTES > room + UNIT_BYTES - 1:
+            names = ("claim_offset", "done_offset", "edges_offset", "data_offset", "data_bytes")
+            found = tuple(int(slot[name]) for name in names)
+            if found != (*_slot_offsets(room, of)[:4], room) or int(slot["units"]) * UNIT_BYTES > room + UNIT_BYTES - 1:
                 return f"a slot header contradicts the file's ({found})"
-            begin += _slot_offsets(room)[3]
+            begin += _slot_offsets(room, of)[-1]
         return None
 
     def offset(self, iteration: int) -> int:
@@ -177,6 +192,10 @@ class SlotFile:
         undone = 1 - np.unpackbits(bitmap, bitorder="little")[:units].astype(np.int8)
         edges = np.flatnonzero(np.diff(np.concatenate(([0], undone, [0]))))
         return [(int(a) * UNIT_BYTES, int(b) * UNIT_BYTES) for a, b in edges.reshape(-1, 2)]
+
+    def sources(self, iteration: int) -> list[int]:
+        """Return how many bytes of a settled iteration's gradient came over no, one, two, three or more edges."""
+        return self.slot(iteration)["source_bytes"].tolist()
 
     @property
     def settled_next(self) -> int:

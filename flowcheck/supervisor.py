@@ -63,6 +63,8 @@ _HANDOVER_S = 30.0
 #: Capturing begins so long after a new attempt's plan was seen: what mirrors still held of an earlier one has come by then.
 #: Its adapters are gone, or the new attempt could not have the same queue pairs.
 _SETTLE_S = 1.0
+#: The newest iterations that were lost, in a status.
+_LOST_SHOWN = 5
 
 
 def scratch_folder(out: Path) -> Path:
@@ -450,19 +452,26 @@ def read_status(scratch: Path, plan: plans.Plan, out: Path) -> dict[str, Any]:
                 counts["update"] = slots.consumed_next - plan.first_iteration
                 if slots.volatile_from:
                     volatile = [slots.volatile_from, slots.consumed_next - 1]
-    last, incomplete, audited_to, alarms = 0, 0, None, []
+    last, incomplete, audited_to, alarms, waiting, lost = 0, 0, None, [], None, []
     with contextlib.suppress(FlowCheckError, OSError):  # the updater has not begun it yet
         directory = Directory(out)
         audited_to, alarms = directory.audits
         for row in directory.iterations:
             last = row.number if row.state in ("committed", "whole") else last
             incomplete += row.state == "incomplete"
+            if row.state == "waiting":
+                waiting = [waiting[0] if waiting else row.number, row.number]
+        for row in [row for row in directory.iterations if row.state == "incomplete"][-_LOST_SHOWN:]:
+            said = directory.facts(row)
+            lost.append({"iteration": row.number, "reason": said["reason"], "missing": said["missing"]})
     return {
         "run_id": plan.job.run_id,
         "last_committed": last,
         # What precedes the attempt's first iteration is no work of its own, whatever the directory has of it.
         "lag": max(0, highest - max(last, plan.first_step - 1)),
         "incomplete": incomplete,
+        "waiting": waiting,
+        "lost": lost,
         "volatile": volatile,
         "audited_to": audited_to,
         "alarms": alarms,

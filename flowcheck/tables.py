@@ -69,11 +69,24 @@ def _ranges(ranges: list[list[int]], most: int = 3) -> str:
     return text + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
 
 
+def _by_sources(row: dict[str, Any]) -> str:
+    return "" if row["sources"] is None else " / ".join(map(str, row["sources"]))
+
+
 def print_iterations(report: dict[str, Any]) -> None:
     """Print the document of `list` or `replay`."""
     console = _console()
     table = Table(title=f"run {report['run_id']}, attempt {report['attempt']}")
-    for name in ("attempt", "iteration", "state", "bytes", "placed", "missing bytes", "reason"):
+    for name in (
+        "attempt",
+        "iteration",
+        "state",
+        "bytes",
+        "placed",
+        "over 0 / 1 / 2 / 3+ edges",
+        "missing bytes",
+        "reason",
+    ):
         table.add_column(name, justify="right" if name in ("iteration", "bytes", "placed") else "left")
     for row in report["iterations"]:
         cells = (
@@ -82,6 +95,7 @@ def print_iterations(report: dict[str, Any]) -> None:
             row["state"],
             row["bytes"],
             row["placed_bytes"],
+            _by_sources(row),
             _ranges(row["missing"]),
             row["reason"] or "",
         )
@@ -90,6 +104,14 @@ def print_iterations(report: dict[str, Any]) -> None:
     console.print(
         f"snapshots: {', '.join(map(str, report['snapshots'])) or 'none'}; bit exact: {'yes' if report['bit_exact'] else 'no'}"
     )
+    alone = report["revisions"][-1]["single_source"]
+    if alone:
+        edges = sorted({part["edge"] for part in alone})
+        size = sum(part["range"][1] - part["range"][0] for part in alone)
+        console.print(
+            f"{size} bytes of a gradient are on one mirrored edge alone (edge {', '.join(map(str, edges))}): "
+            "a frame of them that is lost costs its iteration"
+        )
     if "packets" in report:
         counts = report["packets"]
         console.print("packets: " + ", ".join(f"{counts[name]} {name}" for name in COUNTERS if counts[name]))
@@ -188,7 +210,25 @@ def _status_tables(report: dict[str, Any]) -> Group:
     streams = Table("stream", "state", "ring used", *(name.replace("_", " ") for name in names))
     for row in report["streams"]:
         streams.add_row(row["name"], row["state"], f"{row['ring_used']:.1%}", *(str(row[name]) for name in names))
-    return Group(stages, streams)
+    return Group(stages, streams, *_losses(report))
+
+
+def _losses(report: dict[str, Any]) -> list[str]:
+    """Return in words what was lost, what waits since, and what brings it back."""
+    lines = []
+    for row in report["lost"]:
+        what = f"missing bytes {_ranges(row['missing'])}" if row["missing"] else "no byte is missing"
+        lines.append(f"LOST: iteration {row['iteration']}, reason {row['reason']}: {what}")
+    if report["incomplete"] > len(report["lost"]):
+        lines.insert(0, f"{report['incomplete'] - len(report['lost'])} lost iterations before these: flowcheck list")
+    if report["waiting"]:
+        first, last = report["waiting"]
+        lines.append(
+            f"WAITING: iterations {first} to {last} are whole and logged, but the state before them is not known. A base brings "
+            f"them back, a full state of iteration {first - 1} or later: flowcheck rebase DIR STATE, or the next one that the "
+            "trainer saves for the shadow."
+        )
+    return lines
 
 
 def print_status(report: dict[str, Any]) -> None:
@@ -201,8 +241,16 @@ def _status_line(report: dict[str, Any]) -> str:
     lost = packets["dropped_ring_full"] + packets["missed_by_port"]
     down = [row["name"] for row in report["stages"] if row["pid"] is None]
     volatile = f"VOLATILE from {report['volatile'][0]} on, " if report["volatile"] else ""
+    waiting = ""
+    if report["waiting"]:
+        lost = (
+            f" since {report['lost'][-1]['iteration']} was lost ({report['lost'][-1]['reason']})"
+            if report["lost"]
+            else ""
+        )
+        waiting = "WAITING {} to {} for a base{}, ".format(*report["waiting"], lost)
     return (
-        f"{volatile}committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, "
+        f"{volatile}committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, {waiting}"
         f"received {packets['received']}, lost {lost}, streams "
         + ", ".join(f"{row['name']} {row['state']}" for row in report["streams"])
         + (f", not running: {', '.join(down)}" if down else "")

@@ -56,6 +56,7 @@ class Decision:
         parts: what the log keeps of a whole iteration: views of the slot data, and the step record.
         step: what the record says of the step; None without one.
         facts: why it is incomplete; None if it is whole.
+        sources: how many bytes came over no, one, two, three or more edges; None where the plan mirrors only one.
     """
 
     iteration: int
@@ -65,6 +66,7 @@ class Decision:
     parts: list[np.ndarray]
     step: Step | None
     facts: dict | None
+    sources: list[int] | None = None
 
     @property
     def whole(self) -> bool:
@@ -85,6 +87,7 @@ class Decisions:
         self, plan: Plan, slots: Slots, non_finite: Callable[[np.ndarray, Revision], bool] | None = None
     ) -> None:
         self.plan, self.slots, self._non_finite = plan, slots, non_finite
+        self._several_edges = len(plan.shard.mirrored_edges) > 1
 
     def record(self, iteration: int) -> np.void:
         """Return the record of a settled iteration's slot; CheckpointError if it is another's."""
@@ -116,7 +119,8 @@ class Decisions:
             parts[-1], step, problem = self._said(iteration, revision, whole)
             whole = problem is None
         facts = None if whole else self.incomplete(iteration, revision.gradient_bytes, problem)
-        return Decision(iteration, number, revision, data, parts, step, facts)
+        sources = self.slots.slot(iteration)["source_bytes"].tolist() if self._several_edges else None
+        return Decision(iteration, number, revision, data, parts, step, facts, sources)
 
     def _lacks_record_only(self, iteration: int) -> bool:
         """Whether every byte of an iteration's gradient is there, and only its step record is not whole."""

@@ -218,8 +218,35 @@ class Directory:
             return row.facts
         if row.own == "incomplete":
             return read_facts(row.entry, self.manifest.identities)
-        size = row.entry.header.payload_bytes
+        size = self.plan_of(row.attempt).revision(row.number).gradient_bytes
         return {"bytes": size, "placed_bytes": size, "missing": [], "reason": None}
+
+    def sources(self, row: Iteration) -> list[int] | None:
+        """Return how many bytes of an iteration came over no, one, two, three or more edges; None where that is not known.
+
+        An earlier release did not log it, nor is it logged where the plan mirrors one edge: then each byte has one source or none.
+        """
+        if row.entry is None:
+            return None
+        noted = self._sources.get((row.attempt, row.number))
+        if noted is None and len(self.plan_of(row.attempt).shard.mirrored_edges) == 1:
+            said = self.facts(row)
+            return [said["bytes"] - said["placed_bytes"], said["placed_bytes"], 0, 0]
+        return noted
+
+    @cached_property
+    def _sources(self) -> dict[tuple[int, int], list[int]]:
+        notes: dict[Path, list[Entry]] = {}
+        for entries in self._index.values():
+            for entry in entries:
+                if entry.header.kind == form.SOURCES:
+                    notes.setdefault(entry.segment, []).append(entry)
+        out = {}
+        for path, entries in notes.items():
+            with Segment(path, self.manifest.identities) as segment:
+                for entry in entries:
+                    out[entry.header.attempt, entry.header.iteration] = segment.facts(entry)["bytes"]
+        return out
 
     def _notes(self, kinds: Iterable[int]) -> Iterator[Entry]:
         """Yield notes of the latest attempt and of those that it goes on from, as far as it does, oldest first."""

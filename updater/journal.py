@@ -73,6 +73,8 @@ class Journal:
 
     def append(self, decision: Decision) -> None:
         """Append an iteration; its arrays must not change before `commit`. DiskError as `LogWriter.append`."""
+        if decision.sources and any(decision.sources):
+            self.note(form.SOURCES, decision.iteration, decision.number, {"bytes": decision.sources})
         if not decision.whole:
             self.note(form.INCOMPLETE, decision.iteration, decision.number, decision.facts)
             return

@@ -5,9 +5,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flowcheck.layout import single_sources
+from flowcheck.plan import Plan
 from updater.directory import Directory
 
 __all__ = ["listing"]
+
+
+def _revisions(plan: Plan) -> list[dict]:
+    """Return for each revision of a plan what only one mirrored edge carries fully reduced: ranges, and which edge."""
+    return [
+        {
+            "from_iteration": revision.from_iteration,
+            "single_source": [
+                {"range": [begin, end], "edge": edge} for begin, end, edge in single_sources(plan, revision)
+            ],
+        }
+        for revision in plan.shard.revisions
+    ]
 
 
 def listing(path: str | Path) -> dict:
@@ -17,7 +32,13 @@ def listing(path: str | Path) -> dict:
     manifest = directory.manifest
     audited_to, alarms = directory.audits
     iterations = [
-        {"iteration": row.number, "attempt": row.attempt, "state": row.state, **directory.facts(row)}
+        {
+            "iteration": row.number,
+            "attempt": row.attempt,
+            "state": row.state,
+            **directory.facts(row),
+            "sources": directory.sources(row),
+        }
         for row in directory.iterations
     ]
     return {
@@ -36,6 +57,7 @@ def listing(path: str | Path) -> dict:
         "distances": directory.distances,
         "bit_exact": manifest.latest.bit_exact,
         "iterations": iterations,
+        "revisions": _revisions(directory.plan),
         "snapshots": sorted({iteration for _, iteration in manifest.snapshots}),
         "pinned": [{"attempt": attempt, "iteration": iteration} for attempt, iteration in sorted(manifest.pinned)],
     }

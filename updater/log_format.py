@@ -31,6 +31,7 @@ __all__ = [
     "RECORD_HEADER_BYTES",
     "SEGMENT_HEADER_BYTES",
     "SEGMENT_VERSION",
+    "SOURCES",
     "VOLATILE",
     "RecordHeader",
     "SegmentHeader",
@@ -67,7 +68,9 @@ AUDITED, ALARM, DIVERGED = 3, 4, 5
 MEASURED = 6
 #: Iterations that were stepped while the disk took nothing.
 VOLATILE = 7
-_KINDS = (*DECIDED, AUDITED, ALARM, DIVERGED, MEASURED, VOLATILE)
+#: Over how many edges the bytes of an iteration came.
+SOURCES = 8
+_KINDS = (*DECIDED, AUDITED, ALARM, DIVERGED, MEASURED, VOLATILE, SOURCES)
 
 #: How a payload is stored: as it is, or its blocks packed one by one (`updater.compression`).
 PLAIN, PACKED = 0, 1

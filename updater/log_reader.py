@@ -183,6 +183,12 @@ class Segment:
                     f"checksum of the record of iteration {entry.header.iteration} (byte {entry.offset}) is wrong: {error}"
                 ) from error
 
+    def facts(self, entry: Entry) -> dict:
+        """Return what a record without a gradient says; CheckpointError if it is not right."""
+        payload = np.empty(entry.header.payload_bytes, np.uint8)
+        self.payload(entry, [payload])
+        return json.loads(payload.tobytes())
+
     def checksums(self, entry: Entry) -> list[int]:
         """Return the CRC32C of each block of a record's payload; CheckpointError if the table of them is not right."""
         with io_errors("read", self.path):
@@ -223,6 +229,5 @@ def read_payload(entry: Entry, identities: Collection[bytes], parts: Sequence[np
 
 def read_facts(entry: Entry, identities: Collection[bytes]) -> dict:
     """Return what a record without a gradient says: of an incomplete iteration, or of an audit."""
-    payload = np.empty(entry.header.payload_bytes, np.uint8)
-    read_payload(entry, identities, [payload])
-    return json.loads(payload.tobytes())
+    with Segment(entry.segment, identities) as segment:
+        return segment.facts(entry)

@@ -103,12 +103,12 @@ class Lossy:
         return seen.count(False), len(seen)
 
 
-def restricted(folder, links):
-    """Return a folder with the same job of which only some links are mirrored."""
+def restricted(folder, links, into):
+    """Return a folder in `into` with the same job of which only some links are mirrored."""
     plan = json.loads((folder / "plan.json").read_text())
     streams = plan["shards"][0]["streams"]
     plan["shards"][0]["streams"] = [stream for stream in streams if stream["links"][0] in links]
-    out = folder.parent / f"{folder.name}-{len(links)}"
+    out = into / "-".join(map(str, ["links", *links]))
     out.mkdir()
     (out / "plan.json").write_text(json.dumps(plan))
     for link in links:
@@ -131,7 +131,7 @@ def test_measured_rates_of_a_small_job_agree(tmp_path):
     for edges, rates in RATES.items():
         scratch = tmp_path / f"scratch-{edges}"
         scratch.mkdir()
-        lossy = Lossy(restricted(folder, LINKS[edges]), scratch)
+        lossy = Lossy(restricted(folder, LINKS[edges], tmp_path), scratch)
         for seed, loss in enumerate(rates):
             check_rate(lossy, loss, 200, seed)
 
@@ -147,7 +147,7 @@ def test_measured_rates_agree(tmp_path, protocol, hook):
     for edges, rates in RATES.items():
         scratch = tmp_path / f"scratch-{edges}"
         scratch.mkdir()
-        lossy = Lossy(restricted(folder, LINKS[edges]), scratch)
+        lossy = Lossy(restricted(folder, LINKS[edges], tmp_path), scratch)
         for seed, loss in enumerate(rates):
             check_rate(lossy, loss, 2000, seed)
 

@@ -67,6 +67,11 @@ def check(folder, out, report):
     ]
     for number, path in enumerate(truths, 1):
         assert same(restore(out, number), torch.load(path, weights_only=True)) == [], number
+    edges = json.loads((folder / "plan.json").read_text())["shards"][0]["streams"]
+    for row in report["iterations"] if len(edges) == 2 else ():
+        revision = [revision for revision in report["revisions"] if revision["from_iteration"] <= row["iteration"]][-1]
+        single = sum(part["range"][1] - part["range"][0] for part in revision["single_source"])
+        assert row["sources"] == [0, single, row["bytes"] - single, 0]
     packets = report["packets"]
     for name in ("foreign", "malformed", "bad_icrc", "unsynchronised", "conflict", "late", "missed_by_port"):
         assert packets[name] == 0, (name, packets)
