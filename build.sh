@@ -7,6 +7,7 @@
 #   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
 #   ./build.sh nightly      ... and run every test, also those that take an hour
 #   ./build.sh bench        ... and measure each stage; writes build/bench.json
+#   ./build.sh fuzz [...]   ... and fuzz every parser with sanitizers (docs/fuzzing.md has the options)
 #   ./build.sh lint         ... and check style and documents
 #
 # Run again, set-up and build cost nothing when nothing changed.
@@ -88,6 +89,15 @@ run_tests() {
     exec "$venv/bin/python" -m pytest -m 'not slow and not nightly' "$@"
 }
 
+# fuzzers: clang with libFuzzer's and the sanitizers' runtime, and atheris.
+fuzzers() {
+    if ! "$venv/bin/python" -c 'import sys; from fuzz.compiled import clang; sys.exit(clang() is None)'; then
+        command -v clang >/dev/null || install clang
+        install "libclang-rt-$(clang -dumpversion | cut -d. -f1)-dev"
+    fi
+    "$venv/bin/python" -c 'import atheris' 2>/dev/null || "$venv/bin/python" -m pip install -q -c constraints.txt atheris
+}
+
 target=${1:-build}
 [ $# = 0 ] || shift
 case "$target" in
@@ -96,6 +106,7 @@ case "$target" in
     test) build; run_tests "$@" ;;
     nightly) build; exec "$venv/bin/python" -m pytest "$@" ;;
     bench) build; exec "$venv/bin/python" bench/bench.py "$@" ;;
+    fuzz) build; fuzzers; exec "$venv/bin/python" -m fuzz.run "$@" ;;
     lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
-    *) die "unknown target '$target'; expected demo, test, nightly, bench, lint, or nothing" ;;
+    *) die "unknown target '$target'; expected demo, test, nightly, bench, fuzz, lint, or nothing" ;;
 esac

@@ -19,7 +19,7 @@ from flowcheck._formats cimport (
     fc_ring_header, fc_slot, fc_slots_header,
 )
 
-from flowcheck.errors import FlowCheckError
+from flowcheck.errors import FlowCheckError, RingFormatError
 
 cdef extern from "rte_prefetch.h" nogil:
     void rte_prefetch0(const void *address)
@@ -181,6 +181,7 @@ cdef class ExtractLoop:
     """One extractor over K rings and a slot file. `poll` until `finished`, then drop it; one thread."""
 
     cdef object _keep           # the buffers that the pointers below lead into
+    cdef list _paths            # of the rings
     cdef ring_view rings[MOST_RINGS]
     cdef uint32_t ring_count
     cdef fc_slots_header *header
@@ -212,6 +213,7 @@ cdef class ExtractLoop:
         self._scratch = bytearray(65536 + 64)
         self.scratch = self._scratch
         self._keep = []
+        self._paths = [str(ring.path) for ring in rings]
         self.ring_count = len(memories)
         for i in range(self.ring_count):
             view = memories[i]
@@ -264,12 +266,21 @@ cdef class ExtractLoop:
         cdef uint64_t number
         for i in range(self.ring_count):
             fc_recover(self.rings[i].block, self.rings[i].block_bytes, &self.rings[i].state, sizeof(fc_extract_state))
+            self._check_cursors(i)
             FC_STORE_RELEASE(&self.rings[i].header.extracted, self.rings[i].state.extracted)
             self.rings[i].last_proof_ns = now
         if self.initial != NULL:
             self._recover_slot(<fc_slot *> self.initial)
         for number in range(self.header.slots):
             self._recover_slot(<fc_slot *> (self.slot_base + number * self.header.slot_bytes))
+        return 0
+
+    cdef int _check_cursors(self, uint32_t i) except -1:
+        """Refuse a ring whose cursors cannot be: records that nobody has annotated would be taken for annotated ones."""
+        cdef uint64_t parsed = FC_LOAD_ACQUIRE(&self.rings[i].header.parsed), extracted = self.rings[i].state.extracted
+        if parsed - extracted > self.rings[i].mask + 1:  # wraps to a huge number where it is behind
+            raise RingFormatError(f"{self._paths[i]}: {extracted} records extracted of {parsed} parsed cannot be in this ring: "
+                                  "remove it and start again", self._paths[i])
         return 0
 
     cdef void _recover_slot(self, fc_slot *slot) noexcept nogil:
@@ -629,6 +640,8 @@ cdef class ExtractLoop:
         cdef uint64_t work = 0, now
         cdef uint32_t i
         cdef bint all_drained = True
+        for i in range(self.ring_count):
+            self._check_cursors(i)
         with nogil:
             now = _now_ns()
             for i in range(self.ring_count):

@@ -125,6 +125,10 @@ class PacketRing:
             problem = f"{records} records of {record_bytes} bytes cannot be"
         if problem is None and header_bytes + records * record_bytes != size:
             problem = f"its size is {size}, its header promises {header_bytes + records * record_bytes}"
+        try:
+            header["stream"].decode()
+        except UnicodeDecodeError:
+            problem = problem or f"the name of its stream is {header['stream']!r}, expected UTF-8"
         if problem is not None:
             raise RingFormatError(f"{path}: {problem}; remove the file and start the dump again", str(path))
         if identity is not None and header["identity"].tobytes() != identity:

@@ -94,7 +94,7 @@ class Manifest:
                     f"{document['format']} version {document['version']}; this release reads {_FORMAT} 1 to {_VERSION}"
                 )
             return cls._from(folder, document if document["version"] == _VERSION else _from_1(document))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError) as error:
             what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{path}: {what}; restore the file from a copy", str(path)) from error
 

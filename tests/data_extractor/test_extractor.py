@@ -12,6 +12,7 @@ import pytest
 from data_extractor.extractor import Extractor
 from flowcheck import _atomics
 from flowcheck import plan as plans
+from flowcheck.errors import RingFormatError
 from flowcheck.formats import EXTRACT_STATE, RING_HEADER
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
@@ -261,3 +262,16 @@ def test_files_of_another_kind_are_refused(tmp_path):
             if bytes(bad[20:24]) == data[20:24] and offset != (32 if kind is PacketRing else 99):
                 with pytest.raises(error):
                     kind.open(cut)
+
+
+def test_cursors_that_cannot_be_are_refused_before_a_record_is_read(tmp_path):
+    """A ring whose extractor claims to be ahead of its parser: what lies there is of nobody, or of a lap before."""
+    job, plan = jobs.Job(2), jobs.plan()
+    ring, slots = parsed(tmp_path, job, plan), jobs.slots_of(tmp_path, plan)
+    extractor = Extractor([ring], plan, slots)
+    extractor.poll()
+    jobs.publish(ring, "parsed", 0)
+    with pytest.raises(RingFormatError, match="extracted of 0 parsed"):
+        extractor.poll()
+    with pytest.raises(RingFormatError, match="extracted of 0 parsed"):
+        Extractor([ring], plan, slots)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Coverage-guided fuzzing of everything that reads bytes from outside; see README.md."""
