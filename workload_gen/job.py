@@ -67,6 +67,8 @@ class Recording:
     parameters: int = 20_000
     bucket_mb: float = 25.0
     links: tuple[int, ...] | None = None
+    #: Leave beside each capture file which frame carries what (workload_gen/frame_index.py).
+    index: bool = False
     startup: bool = True
     start_psn: int = 0
     seed: int = 1

@@ -26,6 +26,7 @@ from flowcheck import plan as plans
 from flowcheck.errors import ConfigError, FlowCheckError
 from flowcheck.run_folder import PLAN
 from workload_gen import backend, recorded_plan
+from workload_gen.frame_index import IndexedTap
 from workload_gen.job import Job, Recording, write
 from workload_gen.permuted_schedule import PermutedSchedule
 from workload_gen.ring import Ring
@@ -50,7 +51,8 @@ class _Rank:
     def __init__(self, recording: Recording, rank: int, links: tuple[int, ...], rendezvous: str) -> None:
         self.recording, self.rank, self.layout = recording, rank, recording.layout()
         self.links = {link: self._connections(link) for link in links}
-        self.tap = LinkTap(self.layout, self._connections(rank), self._capture) if rank in links else None
+        tap = IndexedTap if recording.index else LinkTap
+        self.tap = tap(self.layout, self._connections(rank), self._capture) if rank in links else None
         self._groups = backend.register(self.layout, self._ring)
         store = dist.FileStore(rendezvous, recording.ranks)
         # What is not the training's goes over a group of its own, inside this machine.
