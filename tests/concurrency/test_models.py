@@ -111,9 +111,11 @@ def test_a_state_published_or_taken_up_in_another_way_does_not_survive_a_kill(br
         explore(ring_model.model(rules, **SMALL, kills=1))
 
 
-def test_an_end_read_after_the_cursor_loses_a_proof():
+@pytest.mark.parametrize("broken", ["end_read_first", "holds"])
+def test_a_parser_that_does_not_wait_as_it_must_loses_a_proof(broken):
+    """`end_read_first`: it reads the end behind the cursor, before which the proof may have come."""
     with pytest.raises(Violation, match="unproved"):
-        explore(ring_model.model(ring_model.Rules(end_read_first=False), records=3, room=4, held=(0, 1)))
+        explore(ring_model.model(ring_model.Rules(**{broken: False}), records=3, room=4, held=(0, 1)))
 
 
 def test_an_end_before_the_last_record_leaves_it_behind():
