@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from flowcheck.plan import Plan
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-__all__ = ["digests", "group_names", "is_audited"]
+__all__ = ["differing", "digests", "group_names", "is_audited"]
 
 _CHUNK_WORDS = 1 << 20
 #: So many iterations at the start of an attempt are audited whatever the interval.
@@ -63,6 +64,14 @@ def digests(
             digest = digest + _digest(member.detach()).to(device) * (2 * place + 1)
         out.append(digest)
     return torch.stack(out)
+
+
+def differing(
+    plan: Plan, record: np.ndarray, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> list[tuple[int, int | None]]:
+    """Return where a state is not that of the ranks by the digests in a record: what `RecordForm.audit` returns."""
+    ours = digests(group_names(plan), tensors, optimizer).tolist()
+    return plan.record_form.audit(record, [digest % 2**64 for digest in ours])
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:

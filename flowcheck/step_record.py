@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,14 @@ class RecordForm:
     def previous(self, record: np.ndarray) -> np.ndarray:
         """Return the words of the step before it."""
         return record[self.words : 2 * self.words]
+
+    def read(self, record: np.ndarray, iteration: int) -> Step:
+        """Return what a record says of the step that it ends; RecordError as `decode`.
+
+        A record that was made of its repetition has none of its digests: it is not `audited`.
+        """
+        step = self.decode(self.current(record), iteration)
+        return replace(step, audited=step.audited and bool(record[2 * self.words :].any()))
 
     def decode(self, part: np.ndarray, iteration: int) -> Step:
         """Return what `current` or `previous` words say; RecordError unless they are whole and of this job and iteration."""

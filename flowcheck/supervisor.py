@@ -56,6 +56,8 @@ _WELL_S = 1.0
 #: Exit statuses that another start does not mend: wrong usage, a bad plan, a corrupt file.
 _FINAL = {2, 3, 5}
 _DRAIN_S = 120.0
+#: Nice value of a dump.
+_URGENT = -10
 _PR_SET_PDEATHSIG = 1
 #: The newest iterations that were lost, in a status.
 _LOST_SHOWN = 5
@@ -99,6 +101,14 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _go_first() -> None:
+    """Have this process run before others that want its core, if that is allowed: a mirror does not wait, all else can."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _URGENT)
+        # Where the kernel shares cores out by session first (sched(7), autogroup), the session has to go first, too.
+        Path("/proc/self/autogroup").write_text(str(_URGENT))
+
+
 @dataclass
 class _Child:
     """One stage: its command, and the process that runs it now."""
@@ -107,6 +117,7 @@ class _Child:
     command: list[str]
     errors: Path
     environment: dict[str, str]
+    urgent: bool = False
     process: subprocess.Popen[bytes] | None = None
     ready_pipe: int = -1
     ready: bool = False
@@ -123,10 +134,16 @@ class _Child:
         """Start the process; it dies with this one."""
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
+
+        def begin() -> None:
+            _die_with_parent()
+            if self.urgent:
+                _go_first()
+
         with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
-                env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=_die_with_parent, start_new_session=True,
+                env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=begin, start_new_session=True,
             )  # fmt: skip
         os.close(writing)
         if self.ready_pipe >= 0:
@@ -235,7 +252,8 @@ class Supervisor:
         environment = dict(os.environ) if self.busy else {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [sys.executable, "-c", f"from {module} import main; main()", str(plan)]
         errors = scratch / f"{name.replace(' ', '-')}.stderr"
-        return _Child(name, [*command, *map(str, words), *options], errors, environment)
+        urgent = name.startswith("dump ")
+        return _Child(name, [*command, *map(str, words), *options], errors, environment, urgent)
 
     def _rings(self, scratch: Path) -> dict[str, Path]:
         return {stream.name: scratch / f"{stream.name}.ring" for stream in self._plan.shard.streams}

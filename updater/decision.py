@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -137,9 +137,7 @@ class Decisions:
         try:
             if not whole:
                 record = self._repeated(iteration)
-            step = form.decode(form.current(record), iteration)
-            if not whole:
-                step = replace(step, audited=False)  # the digests were not repeated
+            step = form.read(record, iteration)
             if step.reductions != revision.reductions:
                 raise RecordError(f"says {step.reductions} reductions, the plan {revision.reductions}")
         except RecordError as error:

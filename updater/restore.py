@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flowcheck import audit
 from flowcheck.errors import CheckpointError, RestoreError
 from flowcheck.plan import Plan
 from updater import arithmetic
@@ -29,16 +30,37 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-def replay(plan: Plan, model: ModelState, entries: dict[int, Entry], identities: list[bytes]) -> Iterator[int]:
-    """Step a model through consecutive iterations of the log, by a thread per core; yields each when it is done."""
+def replay(
+    plan: Plan, model: ModelState, entries: dict[int, Entry], identities: list[bytes], *, exact: bool
+) -> Iterator[int]:
+    """Step a model through consecutive iterations of the log, by a thread per core; yields each when it is done.
+
+    Where the state is `exact`, it is held against the trainers' digests on the way, wherever a record has them.
+
+    Raises:
+        CheckpointError: a checksum is wrong; or the state is none that a rank had.
+    """
     slot, form = np.zeros(plan.slot_bytes, np.uint8), plan.record_form
     with ParallelSteps(model) as steps:
         for number, entry in entries.items():
             revision = plan.revision(number)
             read_payload(entry, identities, payload_views(slot, plan, revision))
             record = record_of(slot, plan, revision)
-            steps.step(slot, revision, form and form.decode(form.current(record), number))
+            said = form and form.read(record, number)
+            if exact and said is not None and said.audited:
+                _hold(plan, model, record, entry)
+            steps.step(slot, revision, said)
             yield number
+
+
+def _hold(plan: Plan, model: ModelState, record: np.ndarray, entry: Entry) -> None:
+    """Raise unless some rank had a state before the step that a record is of, by the digests in it."""
+    if any(rank is None for _, rank in audit.differing(plan, record, model.audited, model.optimizer)):
+        raise CheckpointError(
+            f"{entry.segment}: stepped to iteration {entry.header.iteration - 1}, the state has not the digests that the trainers gave "
+            "of theirs; run 'flowcheck verify', and restore an earlier iteration, or try another machine",
+            str(entry.segment),
+        )
 
 
 def restore_state(
@@ -97,15 +119,21 @@ def _restore(directory: Directory, attempt: int, wanted: int, progress: Progress
             _log.warning("restoring from an older snapshot: %s", error)
             continue
         steps = {number: entry for number, entry in entries.items() if number > snapshot}
-        for done, _ in enumerate(replay(plan, model, steps, directory.manifest.identities) if steps else (), 1):
+        exact = _exact_here(directory, attempt)
+        replayed = replay(plan, model, steps, directory.manifest.identities, exact=exact) if steps else ()
+        for done, _ in enumerate(replayed, 1):
             if progress is not None:
                 progress(done, len(steps))
         return _state(directory, plan, state, model, wanted)
     raise problem
 
 
+def _exact_here(directory: Directory, attempt: int) -> bool:
+    """Whether an attempt's states are called bit exact, and stepping its log here gives the same bits."""
+    return directory.manifest.attempt(attempt).bit_exact and arithmetic.bit_exact(directory.plan_of(attempt))
+
+
 def _state(directory: Directory, plan: Plan, state: State, model: ModelState | None, wanted: int) -> State:
-    known = directory.manifest.attempt(state.attempt)
     buckets = [[parameter.name for parameter in bucket.parameters] for bucket in plan.revision(wanted + 1).buckets]
     latest = directory.manifest.latest.number
     if model is None:
@@ -117,7 +145,7 @@ def _state(directory: Directory, plan: Plan, state: State, model: ModelState | N
         directory.manifest.run_id,
         state.attempt,
         wanted,
-        state.bit_exact and known.bit_exact and arithmetic.bit_exact(plan),
+        state.bit_exact and _exact_here(directory, state.attempt),
         arithmetic.current().model_dump(),
         model.model,
         model.optimizer.state_dict(),
@@ -148,7 +176,7 @@ def states_after(path: str | Path, attempt: int | None = None) -> Iterator[tuple
         while reached + 1 in rows:
             reached += 1
             entries[reached] = rows[reached]
-        for number in replay(plan, model, entries, manifest.identities):
+        for number in replay(plan, model, entries, manifest.identities, exact=_exact_here(directory, attempt)):
             yield number, {"model": model.model, "optimizer": model.optimizer.state_dict(), "extra": model.extra}
 
 

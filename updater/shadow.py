@@ -138,7 +138,7 @@ class Shadow:
         revision, form = self.plan.revision(entry.header.iteration), self.plan.record_form
         read_payload(entry, identities, payload_views(self._slot, self.plan, revision))
         record = record_of(self._slot, self.plan, revision)
-        return self._slot, record, form and form.decode(form.current(record), entry.header.iteration)
+        return self._slot, record, form and form.read(record, entry.header.iteration)
 
     def audit(self, record: np.ndarray) -> list[dict] | None:
         """Hold the state against the digests in the record of the next step; return the alarms, None if it cannot be held.
@@ -147,11 +147,10 @@ class Shadow:
         """
         if not self.bit_exact:
             return None
-        form, groups = self.plan.record_form, audit.group_names(self.plan)
-        ours = audit.digests(groups, self._model.audited, self._model.optimizer).tolist()
-        found = form.audit(record, [digest % 2**64 for digest in ours])
+        found = audit.differing(self.plan, record, self._model.audited, self._model.optimizer)
         self.diverged = any(rank is None for _, rank in found)
-        return [{"tensors": groups[group], "rank": rank} for group, rank in found]
+        names = audit.group_names(self.plan)
+        return [{"tensors": names[group], "rank": rank} for group, rank in found]
 
     def has_non_finite(self, slot: np.ndarray, revision: Revision) -> bool:
         """Whether a gradient that the optimizer would step by is not finite."""

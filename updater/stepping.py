@@ -44,6 +44,7 @@ class Stepping:
 
     Attributes:
         applied: iterations that were stepped.
+        logged_bytes: what the log has of them.
         bases: full states that were taken.
     """
 
@@ -56,7 +57,7 @@ class Stepping:
         """
         self.plan, self._manifest, self._journal, self._live = plan, manifest, journal, live
         self.shadow: Shadow | None = None
-        self.applied = self.bases = 0
+        self.applied = self.bases = self.logged_bytes = 0
         self._left: tuple[ModelState, int] | None = None  # the state before a base, and its iteration
         self._held_before: int | None = None  # the iteration before whose step the state was last audited
         self._unnoted: int | None = (
@@ -131,6 +132,7 @@ class Stepping:
         logged = entry.header.kind == log_format.GRADIENT
         if logged and decision.whole and self.follows(decision.iteration) and not self._is_audit_due(decision):
             self.step(decision)
+            self.logged_bytes += entry.header.record_bytes
         elif self.reached is None or decision.iteration > self.reached:
             self._unapplied.append(entry)
 
@@ -181,6 +183,11 @@ class Stepping:
         """Whether the log says all that audits have found: a state that has diverged may go on from a base only then."""
         return self._unnoted is None
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the state is there, and no audit has found that it is no rank's."""
+        return self._unnoted is None and self.reached is not None and self.follows(self.reached + 1)
+
     # -- from the log -----------------------------------------------------------------------------------------------
 
     def _next(self) -> Entry | None:
@@ -223,6 +230,7 @@ class Stepping:
             self.shadow.apply(iteration, data, self.plan.revision(iteration), step)
             self._unapplied.popleft()
             self.applied += 1
+            self.logged_bytes += entry.header.record_bytes
             self.measure()
         return 1
 

@@ -136,7 +136,7 @@ class Updater:
     def _load(self, patience_s: float | None) -> None:
         """Wait so long for the state; once it is there, snapshots go on from it."""
         if self._stepping is not None and self._stepping.load(patience_s) and self._stepping.reached is not None:
-            self._snapshots.begun(self._stepping.reached, self._journal.written_bytes)
+            self._snapshots.begun(self._stepping.reached, self._stepping.logged_bytes)
             if (self._attempt, self._stepping.reached) not in self._manifest.snapshots:
                 self._publish_state()
 
@@ -352,10 +352,10 @@ class Updater:
         """
         shadow = self._stepping.shadow
         if shadow.state_bytes > _SMALL_BYTES:
-            self._snapshots.begin(shadow.state(), self._journal.written_bytes)
+            self._snapshots.begin(shadow.state(), self._stepping.logged_bytes)
             return
         try:
-            self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
+            self._snapshots.publish_now(shadow.state(), self._stepping.logged_bytes)
         except DiskError as error:
             if not self._manifest.snapshots_of(self._attempt):
                 raise
@@ -368,11 +368,13 @@ class Updater:
         if self._volatile_from is not None:
             if self._volatile_from < self._next and time.monotonic() >= self._retry_at:
                 self._try_again(bridge=follows)
-        elif not follows:
+        elif shadow is None or not self._stepping.is_right:
             return
-        elif self._snapshots.due(shadow.reached, self._journal.written_bytes, shadow.state_bytes):
-            self._snapshots.begin(shadow.state(), self._journal.written_bytes)
-            self._journal.rotate()
+        elif self._snapshots.due(shadow.reached, self._stepping.logged_bytes, shadow.state_bytes):
+            # Also of a state that is behind: who is killed before it has caught up then goes on from there.
+            self._snapshots.begin(shadow.state(), self._stepping.logged_bytes)
+            if follows:
+                self._journal.rotate()
 
     def _look_after_snapshots(self, *, wait: bool = False) -> int:
         """Publish a snapshot that has been written, and remove what retention lets go; returns 1 if so, else 0."""
@@ -441,10 +443,10 @@ class Updater:
         try:
             if shadow.state_bytes <= _SMALL_BYTES:
                 # At once: a process of low priority may take longer than the slots can wait.
-                self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
+                self._snapshots.publish_now(shadow.state(), self._stepping.logged_bytes)
                 self._log_again(shadow.reached)
             elif not self._snapshots.busy:
-                self._snapshots.begin(shadow.state(), self._journal.written_bytes)
+                self._snapshots.begin(shadow.state(), self._stepping.logged_bytes)
                 self._bridging = True
         except FlowCheckError as error:
             _log.warning("still volatile: %s", error)
@@ -511,6 +513,6 @@ class Updater:
             return
         if self._volatile_from is not None and shadow.reached >= (self._journal.next or 0):
             self._journal.note_unlogged(shadow.reached, "volatile", self._refused)
-        self._snapshots.publish_now(shadow.state(), self._journal.written_bytes)
+        self._snapshots.publish_now(shadow.state(), self._stepping.logged_bytes)
         self.slots.volatile_from = 0
         self._prune(shadow.reached)

@@ -157,7 +157,7 @@ def _prove_attempt(result: Verification, directory: Directory, attempt: int, bad
         led = model is not None and reached in ways and manifest.attempt(attempt).bit_exact
         led = led and not bad & {entry.file for entry in steps.values()}
         if led and ours:
-            for _ in replay(directory.plan_of(attempt), model, steps, manifest.identities):
+            for _ in replay(directory.plan_of(attempt), model, steps, manifest.identities, exact=True):
                 pass
             found = differences((model.model, model.optimizer.state_dict()), (kept.model, kept.optimizer))
             if found:

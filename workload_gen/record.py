@@ -147,7 +147,7 @@ class _Rank:
         links = sorted({link for some in shown.values() for link in some})
         wire = recorded_plan.network(self.layout, {link: self._connections(link) for link in links}, streams)
         if recording.learn:
-            known = {name: wire["layout"][name] for name in ("ring", "mtu")}
+            known = {name: wire["layout"][name] for name in ("ring", "mtu", "link_gbps") if name in wire["layout"]}
             wire |= {"layout": {"source": "unlearned", **known}, "connections": []}
         if not recording.startup:
             wire["startup"] = []  # the tap has counted nothing before this

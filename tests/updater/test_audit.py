@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowcheck.errors import RestoreError
+from flowcheck.errors import CheckpointError, RestoreError
 from tests.pipeline.recordings import same
 from tests.updater.audited import FORMS, OPTIONS, Run, any_bit, give, is_audited, make_plan, notes, states
 from updater import arithmetic
 from updater.listing import listing
+from updater.model_state import ModelState
 from updater.restore import restore
+from updater.verify import verify
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -231,3 +233,34 @@ def test_what_audits_found_stays_when_their_notes_are_removed(shm):
     assert report["iterations"][0]["iteration"] > 12 and report["audited_to"] > 20
     assert {alarm["rank"] for alarm in report["alarms"]} == {rank}
     assert [alarm["iteration"] for alarm in report["alarms"]] == sorted({a["iteration"] for a in report["alarms"]})
+
+
+# -- states that are stepped again --------------------------------------------------------------------------------------
+
+
+def test_a_restored_state_is_held_against_the_digests_that_it_passes(shm, monkeypatch):
+    """What steps a log again may compute otherwise than what stepped it first: here it loses one bit, in iteration 5."""
+    run = Run(make_plan(every=4), 14)
+    shadow = run.shadow(shm)
+    shadow.bring(14)
+    shadow.end()
+    right, stepped = ModelState.step, []
+
+    def step(model, *of):
+        right(model, *of)
+        stepped.append(of)
+        if len(stepped) == 5:
+            model.model["c"].detach().view(torch.int32)[3, 4] ^= 1
+
+    monkeypatch.setattr(ModelState, "step", step)
+    for iteration, refused in ((4, False), (8, True), (13, True)):
+        stepped.clear()
+        if refused:
+            with pytest.raises(CheckpointError, match="stepped to iteration 7"):
+                restore(shadow.out, iteration)
+        else:
+            assert same(restore(shadow.out, iteration), run.truth[iteration]) == []
+    stepped.clear()
+    assert "iteration 7" in verify(shadow.out)["problems"][0]["what"]
+    monkeypatch.undo()
+    assert same(restore(shadow.out, 13), run.truth[13]) == [] and verify(shadow.out)["problems"] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowcheck.errors import RestoreError
+from tests.jobs import settled
 from tests.pipeline.recordings import same
 from tests.updater import power
 from tests.updater.audited import Run, give, make_plan, notes, states
@@ -17,6 +18,7 @@ from updater.directory import Directory
 from updater.durable import Disk
 from updater.listing import listing
 from updater.restore import restore
+from updater.verify import verify
 
 LAST, FLIPPED_AFTER = 26, 9
 
@@ -79,6 +81,66 @@ def test_an_audit_of_a_state_that_is_behind_is_made_up_for_once(shm, ranks, expe
         again.leave()
     assert [i for i, state in states(shadow.out).items() if state == "committed"] == list(range(1, committed + 1))
     assert same(restore(shadow.out), run.truth[committed]) == []
+
+
+def test_a_state_that_is_behind_leaves_snapshots_on_its_way(shm):
+    """Else an updater that is killed before it has caught up begins where it began before, each time."""
+    last = 300
+    run = Run(make_plan(checkpoints={"snapshot_iterations": 5}), last)
+    shadow = run.shadow(shm)
+    shadow.bring(10)
+    shadow.leave()
+    known = max(listing(shadow.out)["snapshots"])
+    later = run.shadow(shm, 11, last)
+    later.until(lambda: later.slots.consumed_next > last)
+    assert later.updater.reached < 30
+    while max(found := listing(later.out)["snapshots"]) == known:
+        time.sleep(0.02)  # the process that writes it needs time to begin
+        assert later.updater.poll()
+    assert later.updater.reached < last
+    later.leave()
+    again = run.shadow(shm, last + 1)
+    again.settle()
+    again.slots.ended = 1
+    again.end()
+    for iteration in (*found, last):
+        assert same(restore(again.out, iteration), run.truth[iteration]) == []
+    assert verify(again.out)["problems"] == []
+
+
+def lacking_record(slots, plan, iteration):
+    """Have slots lack the step record of an iteration, whose words the next one's repeats, but not its digests."""
+    content, low_high = slots.gradient, slice(*plan.record_range(plan.revision(iteration)))
+
+    def gradient(number):
+        found = content(number)
+        if number == iteration:
+            found[low_high] = 0
+        return found
+
+    slots.gradient = gradient
+    slots.slot = lambda number: settled(number, incomplete=number == iteration)
+    slots.missing = lambda number: [(low_high.start, low_high.stop)] if number == iteration else []
+
+
+def test_a_record_that_was_repeated_without_its_digests_is_no_alarm_at_the_next_start(shm):
+    run = Run(make_plan(every=4), LAST)
+    shadow = run.shadow(shm)
+    lacking_record(shadow.slots, run.plan, 12)
+    shadow.bring(11)
+    shadow.slots.settled_next = 14
+    shadow.until(lambda: shadow.slots.consumed_next > 13)
+    shadow.bring(LAST)
+    shadow.leave()
+    audited = [(iteration, "right", []) for iteration in (1, 2, 3, 4, 8, 16, 20, 24)]
+    assert notes(shadow.out) == audited
+    again = run.shadow(shm, LAST + 1)
+    again.settle()
+    again.leave()
+    assert notes(again.out) == audited and listing(again.out)["alarms"] == []
+    assert [i for i, state in states(again.out).items() if state == "committed"] == list(range(1, LAST + 1))
+    for iteration in (11, 12, LAST):
+        assert same(restore(again.out, iteration), run.truth[iteration]) == []
 
 
 def test_a_shadow_left_while_it_is_behind_makes_up_for_the_rest_at_the_next_start(shm):
