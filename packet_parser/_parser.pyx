@@ -28,6 +28,7 @@ __all__ = ["RingParser"]
 
 cdef enum:
     BURST = 256
+    NEW_NS = 10 * 1000000000    # a ring is new for so long: what an earlier attempt has sent has come by then
     AHEAD = 4                   # records whose headers are fetched before their turn
     MOST_QUEUE_PAIRS = 1024     # of one stream, data ones
     BUCKETS = 4096              # of the flow table, at most half full
@@ -46,6 +47,7 @@ cdef extern from *:
 # Published before the ring's `parsed` cursor; only the queue pairs in use are.
 cdef struct parse_state:
     fc_parse_counts counts
+    uint64_t began_ns           # reception of the ring's first record
     uint32_t queue_pairs
     uint32_t reserved
     fc_sync sync[MOST_QUEUE_PAIRS]
@@ -186,6 +188,7 @@ cdef class RingParser:
             flow.slots = program.slots
             flow.silence_ns = self.silence_ns
             flow.start_psn = program.start_psn[index]
+            flow.enter_before = program.enter_before[index] if program.enter_before else 0
             flow.encoding = program.encoding
             flow.big_endian_immediate = program.big_endian_immediate
             flow.numbered_immediate = program.numbered_immediate
@@ -296,14 +299,16 @@ cdef class RingParser:
         """Judge a request packet of a data queue pair and annotate its place."""
         cdef fc_data_flow *flow = self.flows + entry.index
         cdef fc_sync *sync = self.state.sync + entry.index
-        cdef int reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns)
+        cdef uint64_t now = record.timestamp_ns, began = self.state.began_ns
+        cdef bint begins = (now - began if now > began else began - now) < NEW_NS
+        cdef int reason = fc_judge(flow, sync, wire, payload, now, begins)
         cdef int proof
         cdef const fc_row *row
         if reason == FC_HOLD:
             proof = self._find_proof(entry, index, written)
             if proof < 0:
                 return HELD
-            reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns) if proof else FC_UNPROVED
+            reason = fc_judge(flow, sync, wire, payload, now, begins) if proof else FC_UNPROVED
             if reason == FC_HOLD:
                 reason = FC_UNPROVED
         if reason != FC_PROVED:
@@ -383,6 +388,8 @@ cdef class RingParser:
             prefetch(ahead + 64)
             prefetch(ahead + 128)
             record = self._record(index)
+            if index == 0:
+                self.state.began_ns = record.timestamp_ns
             record.encoding = FC_ENCODING_NONE
             record.connection = NO_CONNECTION
             record.payload_offset = 0

@@ -31,7 +31,8 @@ cdef enum:
     FC_CONTRADICTS_FLAG = 5
     FC_CONTRADICTS_ADDRESS = 6
     FC_CREDIT_TAG = 7
-    FC_REASONS = 8
+    FC_EARLIER_ATTEMPT = 8
+    FC_REASONS = 9
 
     FC_LINE_BYTES = 16          # of LL: data, flag, data, flag; four bytes each
     FC_LINE128_BYTES = 128      # of LL128: 15 words of data, one of flag; eight bytes each
@@ -76,6 +77,7 @@ cdef struct fc_data_flow:
     fc_place place              # of the last located packet, a cache
     fc_shape clean              # LL: of a message that fills its slot
     uint64_t silence_ns         # in less time the sequence cannot have come round
+    uint64_t enter_before       # packet number before which a new ring's flow must be found first; 0: anywhere
     uint32_t mtu
     uint32_t slot_stride
     uint32_t slots
@@ -331,14 +333,16 @@ cdef inline bint fc_extend_proof(fc_data_flow *flow, fc_sync *sync, const fc_wir
     return sync.proved_from <= fc_position(&flow.place) < sync.proved_to
 
 cdef inline int fc_judge(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire, const uint8_t *payload,
-                         uint64_t now) noexcept nogil:
+                         uint64_t now, bint begins) noexcept nogil:
     """Judge a request packet of a data queue pair: FC_PROVED, with its place in flow.place, or why it is not.
 
-    A contradiction ends the flow's synchronisation; the packet that contradicts never counts. FC_HOLD: it is where it
+    `begins`: the ring is new, so that what is proved to lie behind the attempt's first message is an earlier attempt's,
+    whose queue pair had the same number. A contradiction ends the flow's synchronisation; the packet that contradicts never counts. FC_HOLD: it is where it
     should be, but only a later packet can prove that; nothing has changed.
     """
     cdef int reason = FC_UNPROVED
     cdef bint found
+    cdef fc_sync before
     if sync.refused:
         return FC_CREDIT_TAG
     if sync.synchronised and flow.encoding == FC_ENCODING_PLAIN and not fc_fresh(flow, sync.last_ns, now):
@@ -359,12 +363,16 @@ cdef inline int fc_judge(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire,
             sync.synchronised = False
             flow.place.row = NULL
     else:
+        before = sync[0]
         if flow.encoding == FC_ENCODING_PLAIN:
             found = fc_prove_by_count(flow, sync, wire, payload, now)
         else:
             found = fc_prove_by_flag(flow, sync, wire, payload, now)
             if not found and wire.payload_length == 0 and not sync.started:
                 found = fc_prove_by_count(flow, sync, wire, payload, now)  # the job's first message is an empty one
+        if found and begins and not before.known and flow.enter_before and fc_position(&flow.place) >= flow.enter_before:
+            sync[0] = before
+            found, reason = False, FC_EARLIER_ATTEMPT
         if found:
             reason = FC_PROVED
         else:
