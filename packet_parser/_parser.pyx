@@ -18,7 +18,7 @@ from flowcheck._wire cimport (
     fc_icrc_right, fc_wire)
 from packet_parser._sync cimport (
     FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_is_clean, fc_judge,
-    fc_sync)
+    fc_lose_time, fc_note_credit, fc_sync)
 
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.verdicts import VERDICTS
@@ -48,6 +48,7 @@ cdef extern from *:
 cdef struct parse_state:
     fc_parse_counts counts
     uint64_t began_ns           # reception of the ring's first record
+    uint64_t last_ns            # and of the last one that was judged
     uint32_t queue_pairs
     uint32_t reserved
     fc_sync sync[MOST_QUEUE_PAIRS]
@@ -264,8 +265,7 @@ cdef class RingParser:
                 if tag != entry.sender:
                     self.state.sync[index].refused = True
                 if number:
-                    self.state.sync[index].credit_message = number - 1
-                    self.state.sync[index].credit_ns = now
+                    fc_note_credit(self.flows + index, self.state.sync + index, number - 1, now)
         return FC_CONTROL
 
     cdef int _find_proof(self, const flow_entry *entry, uint64_t index, uint64_t written) noexcept nogil:
@@ -379,6 +379,7 @@ cdef class RingParser:
         cdef uint64_t begin = self.state.counts.parsed
         cdef uint64_t end = written if written - begin < BURST else begin + BURST
         cdef uint64_t index
+        cdef uint32_t flow
         cdef uint8_t *ahead
         cdef fc_record *record
         cdef int verdict
@@ -389,7 +390,12 @@ cdef class RingParser:
             prefetch(ahead + 128)
             record = self._record(index)
             if index == 0:
-                self.state.began_ns = record.timestamp_ns
+                self.state.began_ns = self.state.last_ns = record.timestamp_ns
+            # With what a clock may go back unnoticed, a pause is still shorter than half of the sequence.
+            if record.timestamp_ns + self.silence_ns / 2 < self.state.last_ns:
+                for flow in range(self.state.queue_pairs):
+                    fc_lose_time(self.flows + flow, self.state.sync + flow)
+            self.state.last_ns = record.timestamp_ns
             record.encoding = FC_ENCODING_NONE
             record.connection = NO_CONNECTION
             record.payload_offset = 0
