@@ -7,13 +7,16 @@ import random
 
 import pytest
 
+from data_extractor.extractor import Extractor
 from flowcheck import plan as plans
 from packet_parser.parser import Parser
 from tests import jobs
 from tests.packet_parser.later import Job
 from tests.witness import schedule
+from updater.directory import Directory
+from updater.updater import Updater
 
-UNSYNCHRONISED = 11
+WHOLE, UNSYNCHRONISED = 2, 11
 #: Verdicts that say where a packet belongs.
 PLACED = {1, 3, 4, 5, 6}
 SAME = ("verdict", "destination", "wire_offset", "message_bytes", "settled_lag", "encoding")
@@ -185,3 +188,76 @@ def test_outages_drawn_by_lot(outages):
         turns = chance.choice((0, 1, chance.randrange(2**8), chance.randrange(2**24), chance.randrange(2**28)))
         jump_s = 10 if outages.simple else chance.choice((0, 10, -3600))  # Simple: a clock that stood still is none
         outages.check(link, cut, resumed, turns, jump_s * SECOND_NS)
+
+
+class Taken:
+    """What rings of all streams bring, through parsers and an extractor: decided iterations, and those that were skipped."""
+
+    def __init__(self, outages, shown):
+        folder, plan = outages.scratch(), outages.plan
+        rings = [outages.ring(folder, link, *frames_and_times) for link, frames_and_times in shown.items()]
+        self.slots = jobs.slots_of(folder, plan)
+        parsers = [Parser(ring, plan, ring.stream) for ring in rings]
+        self.stages = [*parsers, Extractor(rings, plan, self.slots)]
+
+    def decided(self):
+        return jobs.drain(self.stages, self.slots)
+
+
+def gradient(outages, iteration):
+    """Return the slot data of an iteration: those of later ones are those of the job's own, again."""
+    job = outages.job
+    if iteration > job.before:
+        iteration = (iteration - job.before - 1) % job.own + job.before + 1
+    flat, slot = job.gradients[iteration], bytearray(outages.plan.slot_bytes)
+    for begin, end in outages.plan.slot_ranges(1):
+        slot[begin:end], flat = flat[: end - begin], flat[end - begin :]
+    return bytes(slot)
+
+
+def outage(outages, link, turns):
+    """Return a stream's frames up to some packet of the last iteration before, then the later ones; and when they came."""
+    frames = outages.frames[link]
+    begin = next(index for index, frame in enumerate(frames) if frame.iteration > outages.job.before)
+    shown = frames[: begin - 3] + [outages.job.later(frame, turns) for frame in frames[begin:]]
+    return shown, [index + (10 * SECOND_NS // STEP_NS if index >= begin - 3 else 0) for index in range(len(shown))]
+
+
+def check_after(outages, decided, turns):
+    """Nothing that is whole is wrong, and from the second iteration after the outage on all is whole."""
+    job = outages.job
+    for iteration, (state, *_, data) in decided.items():
+        assert state != WHOLE or data == gradient(outages, iteration), iteration
+    whole = {iteration for iteration, row in decided.items() if row[0] == WHOLE}
+    after = range(job.before + turns * job.own + 3, job.before + turns * job.own + job.own + 1)
+    assert set(range(1, job.before)) | set(after) <= whole
+    assert not whole & set(range(job.before, job.before + turns * job.own + 1)) - {job.before}
+
+
+@pytest.mark.parametrize("turns", [1, 30, 150_000])
+def test_both_streams_are_out_and_come_back(outages, turns):
+    decided = Taken(outages, {link: outage(outages, link, turns) for link in outages.links}).decided()
+    check_after(outages, decided, turns)
+
+
+def test_a_jump_over_a_hundred_thousand_iterations_is_one_note_in_the_log(outages, tmp_path):
+    turns, job = 25_000, outages.job
+    taken = Taken(outages, {link: outage(outages, link, turns) for link in outages.links})
+    with contextlib.closing(Updater(outages.plan, taken.slots, tmp_path / "out")) as updater:
+        for _ in range(20_000):
+            done = sum(stage.poll() for stage in taken.stages) + updater.poll()
+            if not done and updater.finished:
+                break
+        assert updater.finished
+    assert sum(path.stat().st_size for path in (tmp_path / "out" / "log").iterdir()) < 500_000
+    directory = Directory(tmp_path / "out")
+    rows = {row.number: row for row in directory.iterations}
+    assert sorted(rows) == list(range(1, job.before + (turns + 1) * job.own + 1))
+    lost = rows[job.before + turns * job.own // 2]
+    size = len(job.gradients[1])
+    assert lost.state == "incomplete"
+    assert directory.facts(lost) == {"bytes": size, "placed_bytes": 0, "missing": [[0, size]], "reason": "missing"}
+    whole = [number for number, row in rows.items() if row.state == "whole"]
+    assert len(whole) >= job.before - 1 + job.own - 2
+    for number in whole:
+        assert directory.slot(number)[0].tobytes() == gradient(outages, number)
