@@ -46,6 +46,8 @@ cdef extern from * nogil:
 
 cdef enum:
     BURST = 256
+    LEAST_SKIPPED = 256         # iterations of which nothing has come are settled together from so many on
+    MOST_SKIPPED = 65536        # and up to so many at once: each is looked at
     MOST_RINGS = 32
     MOST_CONNECTIONS = 64
     MOST_PIECES = 4096          # ranges of all revisions together
@@ -514,9 +516,33 @@ cdef class ExtractLoop:
                     return False
         return True
 
+    cdef uint64_t _skip(self, uint64_t iteration, uint64_t highest, uint64_t now) noexcept nogil:
+        """Settle an iteration and those after it of which nothing has come and nothing can, all at once; return how many.
+
+        0 if they are few, or if the ones that were skipped last are not taken yet.
+        """
+        cdef uint64_t number = iteration, end = highest if highest - iteration < MOST_SKIPPED else iteration + MOST_SKIPPED
+        cdef bint ended
+        if iteration == 0 or highest - iteration < LEAST_SKIPPED or (
+                FC_LOAD_ACQUIRE(&self.header.consumed_next) < self.header.skipped_to):
+            return 0
+        while number < end:
+            # Beyond the slots' number none can be open.
+            if number - iteration <= self.header.slots and (
+                    <fc_slot *> (self.slot_base + ((number - 1) % self.header.slots) * self.header.slot_bytes)).iteration == number:
+                break
+            if not self._is_past(number, now, False, True, &ended):
+                break
+            number += 1
+        if number - iteration < LEAST_SKIPPED:
+            return 0
+        self.header.skipped_from, self.header.skipped_to = iteration, number
+        FC_STORE_RELEASE(&self.header.settled_next, number)
+        return number - iteration
+
     cdef uint64_t _settle(self, uint64_t now) noexcept nogil:
         """Decide iterations in order as far as possible; return how many."""
-        cdef uint64_t iteration, highest = 0, settled = 0
+        cdef uint64_t iteration, highest = 0, settled = 0, skipped
         cdef uint32_t i
         cdef fc_slot *slot
         cdef bint ended, past
@@ -527,6 +553,10 @@ cdef class ExtractLoop:
             iteration = self.header.settled_next
             if iteration > highest:
                 break
+            skipped = self._skip(iteration, highest, now)
+            if skipped:
+                settled += skipped
+                continue
             slot = self._slot(iteration)
             if slot == NULL:
                 break

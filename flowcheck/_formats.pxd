@@ -142,7 +142,9 @@ cdef struct fc_slots_header:
     uint64_t reserved1
     fc_identity identity        # at 64
     uint64_t settled_next       # at 192, the extractor's: every iteration below it is decided
-    uint64_t pad_settled[7]
+    uint64_t skipped_from       # the extractor's: of the iterations from here ..
+    uint64_t skipped_to         # .. to before here, settled together, nothing has come; they have no slot
+    uint64_t pad_settled[5]
     uint64_t consumed_next      # at 256, the updater's: every iteration below it may be overwritten
     uint64_t pad_consumed[7]
     uint64_t ended              # at 320, the extractor's: 1 once no iteration follows settled_next

@@ -95,7 +95,8 @@ class Program:
     """The tables of one connection: per queue pair its segments and rows.
 
     `clean`, LL only: per queue pair offset, length, address offset, packets and bulk split of its piece of a message that
-    fills its slot.
+    fills its slot. `enter_before`, of an attempt that follows another: per queue pair the number of the packet that ends its first
+    message of the first iteration. A ring that begins with the attempt shows one before that.
     """
 
     connection: int
@@ -116,6 +117,7 @@ class Program:
     clean: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     segments: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
+    enter_before: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,9 @@ def _compile(plan: Plan, index: int) -> Program:
             if passes or last:
                 table.add(operations, first, iterations, passes)
             first += passes * iterations
+    segments = [np.concatenate(part) if part else np.empty(0, SEGMENT) for part in table.segments]
+    rows = [np.concatenate(part) if part else np.empty(0, ROW) for part in table.rows]
+    follows = shard.revisions and plan.job.attempt > 1
     return Program(
         connection=index,
         edge=connection.edge,
@@ -393,9 +398,21 @@ def _compile(plan: Plan, index: int) -> Program:
         big_endian_immediate=layout.big_endian_immediate,
         numbered_immediate=layout.numbered_immediate,
         clean=_clean(layout),
-        segments=[np.concatenate(part) if part else np.empty(0, SEGMENT) for part in table.segments],
-        rows=[np.concatenate(part) if part else np.empty(0, ROW) for part in table.rows],
+        segments=segments,
+        rows=rows,
+        enter_before=[_first_message(*part, plan.first_step) for part in zip(segments, rows, strict=True)]
+        if follows
+        else [],
     )
+
+
+def _first_message(segments: np.ndarray, rows: np.ndarray, first_step: int) -> int:
+    """Return how many packets of a queue pair have passed when its first message with payload of the iterations has."""
+    for segment in segments[segments["first_iteration"] >= first_step]:
+        own = rows[segment["first_row"] :][: segment["rows"]]
+        if (carrying := own[own["wire_bytes"] > 0]).size:
+            return int(segment["first_psn"]) + int(carrying[0]["psn"]) + int(carrying[0]["packets"])
+    return 0
 
 
 def frames_per_iteration(plan: Plan, stream: str) -> int:

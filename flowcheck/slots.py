@@ -203,6 +203,16 @@ class SlotFile:
         return _atomics.load(self.memory, SLOTS_HEADER.fields["settled_next"][1])
 
     @property
+    def skipped(self) -> tuple[int, int]:
+        """The newest iterations that were settled together since nothing of them has come: first, and the one after the last.
+
+        They have no slot. (0, 0) if there were none. To be read after `settled_next`.
+        """
+        names = ("skipped_from", "skipped_to")
+        first, end = (_atomics.load(self.memory, SLOTS_HEADER.fields[name][1]) for name in names)
+        return first, end
+
+    @property
     def consumed_next(self) -> int:
         """Every iteration below it may be overwritten."""
         return _atomics.load(self.memory, SLOTS_HEADER.fields["consumed_next"][1])

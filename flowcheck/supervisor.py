@@ -295,7 +295,7 @@ class Supervisor:
 
     def _hand_over(self, scratch: Path, following: plans.Plan) -> plans.Plan | None:
         """End the attempt that was followed; return the plan to follow next, None if a signal has ended the run."""
-        old, settled, late = self._plan.job, time.monotonic() + _SETTLE_S, ""
+        old, settled = self._plan.job, time.monotonic() + _SETTLE_S
         self._acknowledgement.unlink(missing_ok=True)
         self.say(f"attempt {following.job.attempt} of run {old.run_id!r} has begun; ending attempt {old.attempt}")
         try:
@@ -317,15 +317,15 @@ class Supervisor:
         """End the dumps and wait for the stages behind them; return which have not ended in so many seconds."""
         end = time.monotonic() + patience_s
         self._draining = True
-        self._end_learner()
-        while not all(child.done for child in self._children):
-            self._stop_dumps()
-            self._tend_all()
-            if time.monotonic() > end:
-                break
-            self._tell(scratch)
-            time.sleep(_LOOK_S)
-        self._draining = False
+        try:
+            self._end_learner()
+            while not all(child.done for child in self._children) and time.monotonic() <= end:
+                self._stop_dumps()
+                self._tend_all()
+                self._tell(scratch)
+                time.sleep(_LOOK_S)
+        finally:
+            self._draining = False
         return ", ".join(child.name for child in self._children if not child.done)
 
     def _tell(self, scratch: Path) -> None:

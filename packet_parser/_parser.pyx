@@ -18,7 +18,7 @@ from flowcheck._wire cimport (
     fc_icrc_right, fc_wire)
 from packet_parser._sync cimport (
     FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_is_clean, fc_judge,
-    fc_sync)
+    fc_lose_time, fc_note_credit, fc_sync)
 
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.verdicts import VERDICTS
@@ -28,6 +28,7 @@ __all__ = ["RingParser"]
 
 cdef enum:
     BURST = 256
+    NEW_NS = 10 * 1000000000    # a ring is new for so long: what an earlier attempt has sent has come by then
     AHEAD = 4                   # records whose headers are fetched before their turn
     MOST_QUEUE_PAIRS = 1024     # of one stream, data ones
     BUCKETS = 4096              # of the flow table, at most half full
@@ -46,6 +47,8 @@ cdef extern from *:
 # Published before the ring's `parsed` cursor; only the queue pairs in use are.
 cdef struct parse_state:
     fc_parse_counts counts
+    uint64_t began_ns           # reception of the ring's first record
+    uint64_t last_ns            # and of the last one that was judged
     uint32_t queue_pairs
     uint32_t reserved
     fc_sync sync[MOST_QUEUE_PAIRS]
@@ -187,6 +190,7 @@ cdef class RingParser:
             flow.slots = program.slots
             flow.silence_ns = self.silence_ns
             flow.start_psn = program.start_psn[index]
+            flow.enter_before = program.enter_before[index] if program.enter_before else 0
             flow.encoding = program.encoding
             flow.big_endian_immediate = program.big_endian_immediate
             flow.numbered_immediate = program.numbered_immediate
@@ -262,8 +266,7 @@ cdef class RingParser:
                 if tag != entry.sender:
                     self.state.sync[index].refused = True
                 if number:
-                    self.state.sync[index].credit_message = number - 1
-                    self.state.sync[index].credit_ns = now
+                    fc_note_credit(self.flows + index, self.state.sync + index, number - 1, now)
         return FC_CONTROL
 
     cdef int _find_proof(self, const flow_entry *entry, uint64_t index, uint64_t written) noexcept nogil:
@@ -300,14 +303,16 @@ cdef class RingParser:
         """Judge a request packet of a data queue pair and annotate its place."""
         cdef fc_data_flow *flow = self.flows + entry.index
         cdef fc_sync *sync = self.state.sync + entry.index
-        cdef int reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns)
+        cdef uint64_t now = record.timestamp_ns, began = self.state.began_ns
+        cdef bint begins = (now - began if now > began else began - now) < NEW_NS
+        cdef int reason = fc_judge(flow, sync, wire, payload, now, begins)
         cdef int proof
         cdef const fc_row *row
         if reason == FC_HOLD:
             proof = self._find_proof(entry, index, written)
             if proof < 0:
                 return HELD
-            reason = fc_judge(flow, sync, wire, payload, record.timestamp_ns) if proof else FC_UNPROVED
+            reason = fc_judge(flow, sync, wire, payload, now, begins) if proof else FC_UNPROVED
             if reason == FC_HOLD:
                 reason = FC_UNPROVED
         if reason != FC_PROVED:
@@ -378,6 +383,7 @@ cdef class RingParser:
         cdef uint64_t begin = self.state.counts.parsed
         cdef uint64_t end = written if written - begin < BURST else begin + BURST
         cdef uint64_t index
+        cdef uint32_t flow
         cdef uint8_t *ahead
         cdef fc_record *record
         cdef int verdict
@@ -387,6 +393,13 @@ cdef class RingParser:
             prefetch(ahead + 64)
             prefetch(ahead + 128)
             record = self._record(index)
+            if index == 0:
+                self.state.began_ns = self.state.last_ns = record.timestamp_ns
+            # With what a clock may go back unnoticed, a pause is still shorter than half of the sequence.
+            if record.timestamp_ns + self.silence_ns / 2 < self.state.last_ns:
+                for flow in range(self.state.queue_pairs):
+                    fc_lose_time(self.flows + flow, self.state.sync + flow)
+            self.state.last_ns = record.timestamp_ns
             record.encoding = FC_ENCODING_NONE
             record.connection = NO_CONNECTION
             record.payload_offset = 0

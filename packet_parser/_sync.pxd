@@ -31,7 +31,8 @@ cdef enum:
     FC_CONTRADICTS_FLAG = 5
     FC_CONTRADICTS_ADDRESS = 6
     FC_CREDIT_TAG = 7
-    FC_REASONS = 8
+    FC_EARLIER_ATTEMPT = 8
+    FC_REASONS = 9
 
     FC_LINE_BYTES = 16          # of LL: data, flag, data, flag; four bytes each
     FC_LINE128_BYTES = 128      # of LL128: 15 words of data, one of flag; eight bytes each
@@ -39,6 +40,7 @@ cdef enum:
     FC_WALK = 65536             # messages that are counted one by one at most
     FC_CREDIT_NEAR = 64         # messages that a flow may be away from the newest credit: eight are in flight at most
     FC_PSN_NEAR = 1 << 22
+    FC_STEPS_NEAR = 1 << 30
 
 # What is known of a data queue pair; part of the parser's published state.
 cdef struct fc_sync:
@@ -48,8 +50,10 @@ cdef struct fc_sync:
     uint64_t proved_from        # Simple: packets from here ..
     uint64_t proved_to          # .. to before here lie between proved ones
     uint64_t last_ns            # reception of the last accepted packet
+    uint64_t message            # number of that message on its connection
     uint64_t credit_message     # number of the message that the newest credit allows
     uint64_t credit_ns          # its reception; 0: there was none
+    uint64_t credit_far         # number in a credit that is far from the newest, and not confirmed by another yet
     uint32_t psn                # of the message's first packet
     uint32_t packets            # of the message
     uint32_t previous_psn       # of the last packet, accepted or not
@@ -59,7 +63,8 @@ cdef struct fc_sync:
     uint8_t refused             # a credit contradicts the edge: nothing is accepted any more
     uint8_t boundary            # the last packet ended a message: the next PSN begins one
     uint8_t started             # a packet was seen
-    uint8_t reserved[6]
+    uint8_t doubtful            # `credit_far` is set
+    uint8_t reserved[5]
 
 # How a message, or a queue pair's piece of one, lies in packets.
 cdef struct fc_shape:
@@ -76,6 +81,7 @@ cdef struct fc_data_flow:
     fc_place place              # of the last located packet, a cache
     fc_shape clean              # LL: of a message that fills its slot
     uint64_t silence_ns         # in less time the sequence cannot have come round
+    uint64_t enter_before       # packet number before which a new ring's flow must be found first; 0: anywhere
     uint32_t mtu
     uint32_t slot_stride
     uint32_t slots
@@ -164,6 +170,7 @@ cdef inline void fc_accept(const fc_data_flow *flow, fc_sync *sync, const fc_wir
     sync.position = flow.place.psn + flow.place.row.psn
     sync.psn = (wire.psn - index) & 0xFFFFFF
     sync.step = flow.place.step
+    sync.message = fc_message(&flow.place)
     sync.last_ns = now
     sync.synchronised = sync.known = True
 
@@ -246,6 +253,23 @@ cdef inline bint fc_prove_index(const fc_data_flow *flow, const fc_sync *sync, f
     place.packet = data_packets - 1
     return data_packets == 1 or wire.payload_length < flow.mtu
 
+cdef inline bint fc_nearest_step(const fc_data_flow *flow, const fc_sync *sync, uint64_t *near) noexcept nogil:
+    """Set the step that 32 bits of a step are to be read next to; False if that is in doubt.
+
+    It is the last one that was seen, unless a credit says that so many have passed since that the bits may have come round.
+    """
+    cdef fc_place place
+    cdef int64_t away
+    near[0] = sync.step
+    if sync.credit_ns == 0 or not fc_locate_count(
+            &flow.table, sync.credit_far if sync.doubtful else sync.credit_message, False, &place):
+        return True
+    away = <int64_t> (place.step - sync.step)
+    if -FC_STEPS_NEAR < away < FC_STEPS_NEAR:
+        return True
+    near[0] = place.step
+    return not sync.doubtful
+
 cdef inline bint fc_prove_by_flag(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire, const uint8_t *payload,
                                   uint64_t now) noexcept nogil:
     """Try to find a flow's place by this one packet: its flag names the message.
@@ -256,6 +280,7 @@ cdef inline bint fc_prove_by_flag(fc_data_flow *flow, fc_sync *sync, const fc_wi
     cdef fc_place place
     cdef fc_sync found = sync[0]
     cdef uint32_t flag
+    cdef uint64_t near
     if flow.encoding == FC_ENCODING_LL128:
         if wire.payload_length < FC_LINE128_BYTES:
             return False
@@ -266,7 +291,9 @@ cdef inline bint fc_prove_by_flag(fc_data_flow *flow, fc_sync *sync, const fc_wi
         flag = fc_word(payload + 4)
         place.step = <uint32_t> (flag - 1)
         if sync.known:  # the flag is the low half of the step + 1
-            place.step = sync.step + <int64_t> <int32_t> (flag - 1 - <uint32_t> sync.step)
+            if not fc_nearest_step(flow, sync, &near):
+                return False
+            place.step = near + <int64_t> <int32_t> (flag - 1 - <uint32_t> near)
     if <int64_t> place.step < 0:
         return False
     found.step = place.step
@@ -286,6 +313,38 @@ cdef inline bint fc_fresh(const fc_data_flow *flow, uint64_t then, uint64_t now)
     """Whether too little time has passed since `then` for the sequence to have come round."""
     return (now - then if now > then else then - now) < flow.silence_ns
 
+cdef inline bint fc_is_near(uint64_t message, uint64_t other) noexcept nogil:
+    return -FC_CREDIT_NEAR <= <int64_t> (message - other) <= FC_CREDIT_NEAR
+
+cdef inline void fc_note_credit(fc_data_flow *flow, fc_sync *sync, uint64_t message, uint64_t now) noexcept nogil:
+    """Take the message number of a credit as where the connection is now.
+
+    One that is far from the newest says that much was not seen, or that it comes late itself: which of them, the next
+    credit tells. Until then nothing in Simple is where it was thought to be.
+    """
+    if sync.credit_ns:
+        if not fc_is_near(message, sync.credit_message):
+            if not sync.doubtful or not fc_is_near(message, sync.credit_far):
+                sync.credit_far = message
+                sync.doubtful = True
+                if flow.encoding == FC_ENCODING_PLAIN:
+                    sync.synchronised = False
+                return
+        elif message <= sync.credit_message:
+            return  # it repeats an earlier one, and says nothing of now
+    sync.credit_message = message
+    sync.credit_ns = now
+    sync.doubtful = False
+    if flow.encoding == FC_ENCODING_PLAIN and not fc_is_near(message, sync.message):
+        sync.synchronised = False
+
+cdef inline void fc_lose_time(fc_data_flow *flow, fc_sync *sync) noexcept nogil:
+    """Forget what rests on how long ago something was: the clock has gone back."""
+    sync.last_ns = sync.credit_ns = 0
+    sync.doubtful = False
+    if flow.encoding == FC_ENCODING_PLAIN:
+        sync.synchronised = False
+
 cdef inline bint fc_prove_by_count(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire, const uint8_t *payload,
                                    uint64_t now) noexcept nogil:
     """Try to find a flow's place by a packet with a RETH, and by what says which round of the sequence it is in.
@@ -293,8 +352,8 @@ cdef inline bint fc_prove_by_count(fc_data_flow *flow, fc_sync *sync, const fc_w
     That is the start of the job, the last accepted packet if it is not long ago, or a credit that is not.
     """
     cdef uint64_t near
-    cdef int64_t position, away
-    if not wire.has & FC_HAS_RETH:
+    cdef int64_t position
+    if not wire.has & FC_HAS_RETH or sync.doubtful:
         return False
     if flow.encoding == FC_ENCODING_PLAIN and sync.credit_ns and fc_fresh(flow, sync.credit_ns, now):
         if not fc_locate_count(&flow.table, sync.credit_message, False, &flow.place):
@@ -304,8 +363,8 @@ cdef inline bint fc_prove_by_count(fc_data_flow *flow, fc_sync *sync, const fc_w
         flow.place.row = NULL
         if position < 0 or not fc_locate_position(&flow.table, position, &flow.place):
             return False
-        away = <int64_t> (fc_message(&flow.place) - sync.credit_message)
-        if away > FC_CREDIT_NEAR or away < -FC_CREDIT_NEAR or not -FC_PSN_NEAR < position - <int64_t> near < FC_PSN_NEAR:
+        if (not fc_is_near(fc_message(&flow.place), sync.credit_message)
+                or not -FC_PSN_NEAR < position - <int64_t> near < FC_PSN_NEAR):
             return False
     elif sync.known:
         if not fc_fresh(flow, sync.last_ns, now) or not fc_follow(flow, sync, wire.psn):
@@ -331,14 +390,16 @@ cdef inline bint fc_extend_proof(fc_data_flow *flow, fc_sync *sync, const fc_wir
     return sync.proved_from <= fc_position(&flow.place) < sync.proved_to
 
 cdef inline int fc_judge(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire, const uint8_t *payload,
-                         uint64_t now) noexcept nogil:
+                         uint64_t now, bint begins) noexcept nogil:
     """Judge a request packet of a data queue pair: FC_PROVED, with its place in flow.place, or why it is not.
 
-    A contradiction ends the flow's synchronisation; the packet that contradicts never counts. FC_HOLD: it is where it
+    `begins`: the ring is new, so that what is proved to lie behind the attempt's first message is an earlier attempt's,
+    whose queue pair had the same number. A contradiction ends the flow's synchronisation; the packet that contradicts never counts. FC_HOLD: it is where it
     should be, but only a later packet can prove that; nothing has changed.
     """
     cdef int reason = FC_UNPROVED
     cdef bint found
+    cdef fc_sync before
     if sync.refused:
         return FC_CREDIT_TAG
     if sync.synchronised and flow.encoding == FC_ENCODING_PLAIN and not fc_fresh(flow, sync.last_ns, now):
@@ -359,12 +420,16 @@ cdef inline int fc_judge(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire,
             sync.synchronised = False
             flow.place.row = NULL
     else:
+        before = sync[0]
         if flow.encoding == FC_ENCODING_PLAIN:
             found = fc_prove_by_count(flow, sync, wire, payload, now)
         else:
             found = fc_prove_by_flag(flow, sync, wire, payload, now)
             if not found and wire.payload_length == 0 and not sync.started:
                 found = fc_prove_by_count(flow, sync, wire, payload, now)  # the job's first message is an empty one
+        if found and begins and not before.known and flow.enter_before and fc_position(&flow.place) >= flow.enter_before:
+            sync[0] = before
+            found, reason = False, FC_EARLIER_ATTEMPT
         if found:
             reason = FC_PROVED
         else:

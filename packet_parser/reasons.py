@@ -36,4 +36,5 @@ REASONS = (
     "flag",  # the first line's flag is not that of the layout's step
     "address",  # the RETH does not lie in the slot of the layout's step
     "credit_tag",  # a credit of the connection named another rank as the sender of its data
+    "earlier_attempt",  # further than the attempt can have come when its ring begins: of an earlier one's queue pair
 )

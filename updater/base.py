@@ -82,7 +82,7 @@ class _NoSlots:
     """Slots of a job that is over: they bring nothing."""
 
     settled_next = consumed_next = volatile_from = 0
-    ended = 1
+    ended, skipped = 1, (0, 0)
 
 
 def rebase(folder: Path, path: Path) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class Slots(Protocol):
     consumed_next: int
     ended: int
     volatile_from: int
+    skipped: tuple[int, int]
 
     def gradient(self, iteration: int) -> np.ndarray:
         """Return the slot data of an iteration, writable uint8."""
@@ -98,6 +99,11 @@ class Decisions:
             )
         return record
 
+    def skipped_to(self, iteration: int) -> int:
+        """Return the first iteration after those that were settled together with this one, since nothing of them came; 0: it was not."""
+        first, end = self.slots.skipped
+        return end if first <= iteration < end else 0
+
     def is_whole(self, iteration: int) -> bool:
         """Return whether every byte of a settled iteration is there."""
         return int(self.record(iteration)["state"]) == _SLOT_WHOLE
@@ -154,6 +160,8 @@ class Decisions:
         form, following = self.plan.record_form, iteration + 1
         if following >= self.slots.settled_next:
             raise RecordError("was lost, and no iteration follows")
+        if self.skipped_to(following):
+            raise RecordError("was lost, and so was its repetition")
         begin, _ = self.plan.record_range(self.plan.revision(following))
         low, high = begin + 4 * form.words, begin + 8 * form.words
         if any(first < high and last > low for first, last in self.slots.missing(following)):

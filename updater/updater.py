@@ -179,6 +179,8 @@ class Updater:
         if self._is_settled() and not self._is_held():
             if self._next == 0:
                 done += self._take_initial()
+            elif end := self._decisions.skipped_to(self._next):
+                done += self._take_skipped(end)
             elif self._decisions.awaits_record(self._next):
                 return done + self._catch_up(waiting=True)
             else:
@@ -242,6 +244,25 @@ class Updater:
         self._journal.publish()
         return taken
 
+    def _take_skipped(self, end: int) -> int:
+        """Note the iterations from the next to before `end`, of which nothing has come, together; 1 if it is done, else 0."""
+        if not self._logging:
+            if self._volatile_from == self._next and time.monotonic() >= self._retry_at:
+                self._logging = True  # nothing is lost yet: try the log itself
+            return 0
+        try:
+            if (self._journal.next or self.plan.first_step) < end:
+                self._journal.note_unlogged(end - 1, "incomplete", "missing")
+        except DiskError as error:
+            self._refuse(error, self._next)
+            return 0
+        if self._volatile_from == self._next:
+            self._log_again(self._next - 1)
+        self._counters["incomplete"] += end - self._next
+        self._given_back(end - 1)
+        self._journal.publish()
+        return 1
+
     def _batch(self) -> list[Decision]:
         """Return settled iterations that may be committed by one sync.
 
@@ -253,6 +274,7 @@ class Updater:
         while (
             number < self.slots.settled_next
             and len(batch) < _MOST_AT_ONCE
+            and not self._decisions.skipped_to(number)
             and not self._decisions.awaits_record(number)
         ):
             decision = self._decisions.decide(number)

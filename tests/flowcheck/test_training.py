@@ -604,7 +604,7 @@ def saving(here):
 class LastLacksItsRecord:
     """Slots of a live job whose last iteration lost only its record, and after which nothing comes."""
 
-    consumed_next, ended = 1, 0
+    consumed_next, ended, skipped = 1, 0, (0, 0)
 
     def __init__(self, directory, settled_next):
         self.directory, self.settled_next = directory, settled_next

@@ -98,6 +98,7 @@ def program(start=START, iteration=ITERATION):
         numbered_immediate=False,
         clean=[(0, 65536, 0, 65536 // MTU, 0)],
         credit=SimpleNamespace(bytes=32, tag=20, index=24),
+        enter_before=[],
     )
 
 

@@ -55,7 +55,7 @@ class Slots:
 
     def __init__(self, job, first):
         self._job, self._consumed_next, self._lent = job, first, {}
-        self.settled_next, self.ended, self.volatile_from = first, 0, 0
+        self.settled_next, self.ended, self.volatile_from, self.skipped = first, 0, 0, (0, 0)
         self.given_back = lambda consumed_next: None  # called when the updater gives a slot back
 
     @property

@@ -52,7 +52,7 @@ class Slots:
 
     def __init__(self, plan, last, lost=(), consumed=None, ended=1, ahead=1):
         self.plan, self.last, self.lost, self.ahead = plan, last, set(lost), ahead
-        self.ended, self.volatile_from = ended, 0
+        self.ended, self.volatile_from, self.skipped = ended, 0, (0, 0)
         self.consumed_next = plan.first_step if consumed is None else consumed
 
     @property

@@ -123,7 +123,7 @@ class WholeSlots:
     def __init__(self, directory, lost):
         self.directory, self.lost = directory, lost
         self.settled_next, self.consumed_next, self.ended = ITERATIONS + 1, 0, 1
-        self.volatile_from = 0
+        self.volatile_from, self.skipped = 0, (0, 0)
 
     def gradient(self, iteration):
         if iteration:

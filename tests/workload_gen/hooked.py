@@ -70,6 +70,7 @@ def _one(script, rank, ranks, folder, layout, links, queue):
         }  # fmt: skip
         here = Rank(rank, ranks, folder, wire, flowcheck.group(backend.NAME), tap)
         value = script(here)
+        dist.barrier()  # who is gone has sent nothing more: none goes before all have got everything
         if tap:
             tap.close()
         queue.put((rank, None, (here.truth, value)))

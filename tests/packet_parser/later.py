@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""A job's frames as they would be had any number of iterations passed before them: what a mirror shows after an outage.
+
+The job is the witness's, which imports no FlowCheck; frames are moved on byte by byte: packet sequence numbers, the flags that
+carry steps, slots' addresses, message numbers in credits, checksums. IPv6 without VLAN.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tests.witness.capture import Capture, Wire
+from tests.witness.payload import STRIDE
+
+BTH = 14 + 40 + 8
+#: Opcodes whose packets have a RETH, and those that have an immediate.
+WITH_RETH, WITH_IMMEDIATE = (6, 10, 11), (9, 11)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame, whose it is (connection, queue pair; a credit: the connection's), and of which iteration."""
+
+    data: bytes
+    connection: int
+    queue_pair: int
+    credit: bool
+    iteration: int
+
+    @property
+    def psn(self):
+        return int.from_bytes(self.data[BTH + 9 : BTH + 12])
+
+    @property
+    def has_reth(self):
+        return self.data[BTH] in WITH_RETH
+
+    @property
+    def payload_at(self):
+        return BTH + 12 + 16 * self.has_reth + 4 * (self.data[BTH] in WITH_IMMEDIATE)
+
+
+def with_icrc(data):
+    """Return a frame, given without its last four bytes: class, flow label, hop limit, UDP checksum, congestion bits count as ones."""
+    masked = bytearray(data)
+    masked[14:18] = bytes((data[14] | 0x0F, 0xFF, 0xFF, 0xFF))
+    masked[21] = masked[BTH + 4] = 0xFF
+    masked[BTH - 2 : BTH] = b"\xff\xff"
+    return bytes(data) + struct.pack("<I", zlib.crc32(b"\xff" * 8 + bytes(masked[14:])))
+
+
+class Collected(Capture):
+    """A capture in memory, one list of frames; acknowledgements are left out."""
+
+    def __init__(self, folder, job, links, wire):
+        super().__init__(folder, job, links, wire)
+        self.close()
+        self._writers = dict.fromkeys(links, self)
+        self.frames, self.iteration, self._last = [], 0, None
+
+    def write(self, data):
+        self._last = data
+
+    def _frame(self, c, qp, forward, opcode, psn, headers, data):
+        if opcode != 17:
+            super()._frame(c, qp, forward, opcode, psn, headers, data)
+            self.frames.append(Frame(self._last, self.connections.index(c), qp, not forward, self.iteration))
+
+
+class Job:
+    """A job of `before` iterations, then `own` ones that can be shown as any later ones.
+
+    Attributes:
+        frames: all frames, in the order sent.
+        gradients: the sum of each iteration, bytes.
+        packets: by connection and queue pair, how many PSNs `own` iterations take.
+    """
+
+    def __init__(self, folder, job, *, counts=(2000, 1601), before=4, own=4, start_psn=0):
+        folder.mkdir(parents=True)
+        self.job, self.before, self.own, links = job, before, own, sorted({0, job.ranks - 1})
+        self.capture = capture = Collected(folder, job, links, Wire(6, None, start_psn))
+        generator, self.gradients, self.counts = torch.Generator().manual_seed(3), {}, counts
+        self.startup = struct.pack("<q", 1)
+        capture.all_gather("all_gather count", [self.startup] * job.ranks)
+        for iteration in range(1, before + own + 1):
+            if iteration == before + 1:
+                known = [(c.step, c.sent, list(c.psn)) for c in capture.connections]
+            capture.iteration = iteration
+            flat = b""
+            for number, count in enumerate(counts):
+                vectors = [torch.rand(count, generator=generator) - 0.5 for _ in range(job.ranks)]
+                flat += capture.all_reduce(f"all_reduce {iteration}.{number}", vectors).numpy().tobytes()
+            self.gradients[iteration] = flat
+        self.frames = capture.frames
+        self.steps, self.messages, self.packets = {}, {}, {}
+        for index, (c, (step, sent, psn)) in enumerate(zip(capture.connections, known, strict=True)):
+            self.steps[index], self.messages[index] = c.step - step, c.sent - sent
+            self.packets |= {(index, qp): now - then for qp, (now, then) in enumerate(zip(c.psn, psn, strict=True))}
+        self.start_psn = start_psn
+
+    def document(self):
+        """Return the job's plan, all links in one stream."""
+        job, capture = self.job, self.capture
+        return {
+            "format": "flowcheck-plan", "version": 1, "job": {"run_id": "later", "attempt": 1, "world_size": job.ranks},
+            "shards": [{
+                "name": "model",
+                "startup": [{"op": "all_gather", "dtype": "int64", "elements": 1}],
+                "revisions": [{"from_iteration": 1, "buckets": [{"dtype": "float32", "elements": n} for n in self.counts]}],
+                "layout": {
+                    "source": "modelled", "library": "nccl", "version": job.version, "protocol": job.protocol,
+                    "ring": list(range(job.ranks)), "channels": job.channels, "threads": job.threads,
+                    "pin_channels": job.pin_channels, "queue_pairs": job.queue_pairs, "split_queue_pairs": job.split,
+                    "mtu": job.mtu, "adaptive_routing": job.adaptive_routing,
+                },
+                "connections": [
+                    {"edge": c.edge, "channel": c.channel, "source": c.source, "destination": c.destination,
+                     "proof": {"kind": "queue_pair", "data": c.data, "credit": c.credit}, "start_psn": self.start_psn}
+                    for c in capture.connections
+                ],
+                "streams": [{"name": f"link-{link}", "links": [link]} for link in capture.files],
+            }],
+        }  # fmt: skip
+
+    def edge(self, frame):
+        """Return the link that shows a frame."""
+        return self.capture.connections[frame.connection].edge
+
+    def later(self, frame, turns):
+        """Return a frame as it is `turns` times `own` iterations later."""
+        data, at, number = bytearray(frame.data[:-4]), frame.payload_at, frame.connection
+        if frame.credit:
+            psn = frame.psn + turns * self.messages[number]
+            index_at = at + {32: 24}[len(data) - at]
+            index = int.from_bytes(data[index_at : index_at + 8], "little") + turns * self.messages[number]
+            data[index_at : index_at + 8] = index.to_bytes(8, "little")
+            address = int.from_bytes(data[at : at + 8], "little")
+            data[at : at + 8] = self._moved(address, number, turns).to_bytes(8, "little")
+        else:
+            psn = frame.psn + turns * self.packets[number, frame.queue_pair]
+            if frame.has_reth and (address := int.from_bytes(data[BTH + 12 : BTH + 20])):
+                data[BTH + 12 : BTH + 20] = self._moved(address, number, turns).to_bytes(8)
+            content, steps = np.frombuffer(data[at:], np.uint8).copy(), turns * self.steps[number]
+            if self.job.protocol == "ll":
+                content.view("<u4").reshape(-1, 4)[:, 1::2] += np.uint32(steps % 2**32)
+            elif self.job.protocol == "ll128":
+                content.view("<u8").reshape(-1, 16)[:, 15] += np.uint64(steps)
+            data[at:] = content.tobytes()
+        data[BTH + 9 : BTH + 12] = (psn % 2**24).to_bytes(3)
+        moved = frame.iteration + turns * self.own
+        return Frame(with_icrc(data), number, frame.queue_pair, frame.credit, moved)
+
+    def _moved(self, address, number, turns):
+        """Return a slot's address, so many turns on."""
+        base, stride = self.capture.connections[number].base, STRIDE[self.job.protocol]
+        slot, offset = divmod(address - base, stride)
+        return base + (slot + turns * self.steps[number]) % 8 * stride + offset
