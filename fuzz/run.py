@@ -9,10 +9,12 @@ much into fuzz/corpus. A finding ends its target with exit status 1 and leaves i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import compiled, seeds
-from fuzz.interpreted import INTERPRETED, LONGEST
+from fuzz.interpreted import INTERPRETED, LONGEST, lines_reached
 
 __all__ = ["CORPUS", "main", "packed"]
 
@@ -43,12 +45,12 @@ def packed(name: str) -> dict[str, bytes]:
         return {entry: archive.read(entry) for entry in archive.namelist()}
 
 
-def _store(name: str, folder: Path) -> None:
-    """Put a folder of inputs into the repository; the same inputs give the same bytes."""
+def _store(name: str, inputs: list[bytes]) -> None:
+    """Put inputs into the repository, named by their SHA-256; the same inputs give the same bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for path in sorted(folder.iterdir()):
-            archive.writestr(zipfile.ZipInfo(path.name[:16]), path.read_bytes(), zipfile.ZIP_DEFLATED)
+        for entry, data in sorted((hashlib.sha256(data).hexdigest()[:16], data) for data in inputs):
+            archive.writestr(zipfile.ZipInfo(entry), data, zipfile.ZIP_DEFLATED)
     CORPUS.mkdir(exist_ok=True)
     (CORPUS / f"{name}.zip").write_bytes(out.getvalue())
 
@@ -110,15 +112,35 @@ def run(name: str, executions: int, seconds: int) -> dict[str, Any]:
     return report
 
 
+def coverage(name: str) -> dict[str, Any]:
+    """Return how much of a target's code all inputs that are kept reach: edges of compiled code, lines in Python."""
+    folder = _prepare(name)
+    if name in INTERPRETED:
+        reached, lines, _ = lines_reached(name, [path.read_bytes() for path in folder.iterdir()])
+        return {"target": name, "lines": reached, "lines_in_all": lines}
+    program = compiled.build(name, compiled.clang() or "clang", sanitizers="")
+    done = subprocess.run(
+        [program, "-runs=0", f"-max_len={compiled.COMPILED[name].longest}", folder],
+        capture_output=True, text=True, env=_environment(), cwd=compiled.ROOT, check=True,
+    )  # fmt: skip
+    edges, pulses = _EDGES.search(done.stderr), _PULSE.findall(done.stderr)
+    return {"target": name, "edges": int(pulses[-1][1]), "edges_in_all": int(edges[1])}
+
+
 def minimise(name: str) -> None:
     """Put the inputs that reach what all reach, the smallest first, into the repository."""
+    folder = _prepare(name)
+    if name in INTERPRETED:
+        *_, enough = lines_reached(name, [path.read_bytes() for path in folder.iterdir()])
+        _store(name, enough)
+        return
     least = compiled.BUILD / f"{name}-least"
-    least.mkdir(exist_ok=True)
-    for path in least.iterdir():
-        path.unlink()
-    command = [*_command(name), "-merge=1", least, _prepare(name)]
+    if least.exists():
+        shutil.rmtree(least)
+    least.mkdir()
+    command = [*_command(name), "-merge=1", least, folder]
     subprocess.run(list(map(str, command)), check=True, env=_environment(), cwd=compiled.ROOT, capture_output=True)
-    _store(name, least)
+    _store(name, [path.read_bytes() for path in least.iterdir()])
 
 
 def main() -> None:
@@ -132,12 +154,17 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="targets that run at once")
     parser.add_argument("--minimise", action="store_true", help="put what was reached into fuzz/corpus instead")
+    parser.add_argument("--coverage", action="store_true", help="instead say how much the inputs that are kept reach")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     chosen = given.target or names
     if given.minimise:
         for name in chosen:
             minimise(name)
+        return
+    if given.coverage:
+        for name in chosen:
+            print(json.dumps(coverage(name)), flush=True)
         return
     seconds = given.seconds or (0 if given.executions else _SECONDS)
     with ThreadPoolExecutor(given.jobs) as pool:

@@ -51,7 +51,6 @@ def test_captures_of_the_corpus_are_whole_for_all_readers_or_for_none(tmp_path):
         except CaptureError:
             with pytest.raises(CaptureError):
                 inspect(path)
-                assert content == b"", "only an empty file is refused for what it is, not for what is in it"
             continue
         assert inspect(path)["frames"] == summary.frames
         whole += 1
