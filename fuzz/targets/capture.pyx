@@ -23,13 +23,16 @@ cdef _run(const uint8_t *data, size_t size):
     pwrite(file, data, size, 0)
     error, link, count, total, cut, longest, matched = scan(path, wanted)
     fuzz_claim(cut <= count and matched <= count and longest <= total, "counts are of frames", count)
-    try:
-        report = report_of(path.decode(), messages=True)
-    except CaptureError:
-        fuzz_claim(error is not None or link is not None, "what is whole can be inspected", count)
+    if size % 64 == 0:  # it makes room for thousands of flows each time, which takes longer than all else
+        try:
+            report = report_of(path.decode(), messages=True)
+        except CaptureError:
+            fuzz_claim(error is not None or link is not None, "what is whole can be inspected", count)
+        else:
+            fuzz_claim(error is None and link is None, "what is not whole is refused by all", count)
+            fuzz_claim(report["frames"] == count, "frames are counted alike", count)
+    if error is not None or link is not None:
         return
-    fuzz_claim(error is None and link is None, "what is not whole is refused by all", count)
-    fuzz_claim(report["frames"] == count, "frames are counted alike", count)
     seen = [len(content) for content in Frames(path)]
     fuzz_claim(len(seen) == count and sum(seen) == total and max(seen, default=0) == longest, "frames are the same", total)
 
