@@ -282,6 +282,61 @@ def demo(directory: Path | None, transport: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--quick", is_flag=True, help="Every kind of fault, under two minutes; else 200,000 iterations.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of everything that is drawn by lot.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: a core each]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Keep recordings, page and JSON here.")
+@click.option(
+    "--only", multiple=True, metavar="KIND", help="Only this kind of fault (docs/reliability.md); may be repeated."
+)
+@click.option("--cases", type=click.IntRange(min=1), help="So many cases of each kind.")
+@click.option("--case", type=click.IntRange(min=0), help="Repeat one case, by its number.")
+@json_option
+@debug_option
+def faults(
+    quick: bool,
+    seed: int,
+    workers: int | None,
+    out: Path | None,
+    only: tuple[str, ...],
+    cases: int | None,
+    case: int | None,
+    as_json: bool,
+) -> None:
+    """Spoil frames, stages and disk in every way known, and hold what is committed against the trainer.
+
+    \b
+    Example:
+      flowcheck faults --quick --out campaign
+    """
+    import os
+
+    from fault_injection.campaign import Plan, broken, campaign
+    from flowcheck.tables import print_faults, step_progress
+
+    plan = Plan(
+        seed=seed,
+        quick=quick,
+        workers=workers or len(os.sched_getaffinity(0)),
+        out=out,
+        only=only,
+        cases=1 if case is not None else cases,
+        first=case or 0,
+    )
+    with step_progress() as progress:
+        report = campaign(plan, lambda done, total: progress("cases", done, total))
+    if as_json:
+        print_json(report)
+    else:
+        print_faults(report)
+    for fault in report["faults"]:
+        for problem in fault["problems"]:
+            click.echo(problem, err=True)
+    if broken(report):
+        sys.exit(DifferenceError.exit_code)
+
+
+@main.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("state", type=click.Path(path_type=Path, dir_okay=False))
 @debug_option

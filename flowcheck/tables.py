@@ -21,6 +21,7 @@ __all__ = [
     "live_status",
     "print_demo",
     "print_difference",
+    "print_faults",
     "print_flows",
     "print_iterations",
     "print_status",
@@ -66,6 +67,31 @@ def step_progress() -> Iterator[Callable[[str, int, int], None]]:
 def _ranges(ranges: list[list[int]], most: int = 3) -> str:
     text = ", ".join(f"{begin}-{end}" for begin, end in ranges[:most])
     return text + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
+
+
+def print_faults(report: dict[str, Any]) -> None:
+    """Print the document of `faults`."""
+    console = _console()
+    table = Table(title=f"fault campaign, seed {report['seed']}, {report['seconds']} s")
+    columns = ("cases", "iterations", "committed", "repaired", "waiting", "incomplete", "unseen")
+    promises = ("wrong", "unrepaired", "untrue_ranges", "unlisted", "unaccounted")
+    table.add_column("fault")
+    for name in (*columns, *promises):
+        table.add_column(name.replace("_", " "), justify="right")
+    for fault in report["faults"]:
+        table.add_row(fault["name"], *(str(fault[name]) for name in (*columns, *promises)))
+    console.print(table)
+    for point in report["loss"]:
+        console.print(
+            f"{point['streams']} streams, loss {point['loss']:g}: {point['unrepairable']} of {point['iterations']} iterations not "
+            f"repaired, {100 * point['low']:.2f} to {100 * point['high']:.2f} %, computed {100 * point['formula']:.2f} %"
+        )
+    verdict = (
+        "no promise was broken"
+        if not any(fault[name] for fault in report["faults"] for name in promises)
+        else "PROMISES BROKEN"
+    )
+    console.print(f"{report['iterations']} iterations: {verdict}")
 
 
 def print_iterations(report: dict[str, Any]) -> None:

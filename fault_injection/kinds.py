@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""All kinds of faults by name; what each does is in `mirror`, `lies`, `strangers` and `machine`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fault_injection.case import Case
+from fault_injection.jobs import Job
+
+__all__ = ["KINDS", "Kind", "kind"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A fault: `spoil` changes a case; `fits` says of which jobs it can be judged."""
+
+    name: str
+    spoil: Callable[[Case], None]
+    fits: Callable[[Job], bool]
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(name: str, fits: Callable[[Job], bool] = lambda job: True) -> Callable[[Callable[[Case], None]], Callable]:
+    """Enter a function among the kinds."""
+
+    def enter(spoil: Callable[[Case], None]) -> Callable[[Case], None]:
+        KINDS[name] = Kind(name, spoil, fits)
+        return spoil
+
+    return enter
+
+
+def load() -> dict[str, Kind]:
+    """Return all kinds, in the order of docs/reliability.md."""
+    for module in ("mirror", "lies", "strangers", "machine"):
+        importlib.import_module(f"fault_injection.{module}")
+    return KINDS

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Cases through the real stages, and a judge who is told lies: each must come out under its name."""
+
+import copy
+import json
+import random
+
+import pytest
+
+from fault_injection.campaign import run_case, run_loss
+from fault_injection.case import Case
+from fault_injection.chain import Chain, Script
+from fault_injection.frames import write_capture
+from fault_injection.judge import judge
+from fault_injection.kinds import load
+from fault_injection.page import render
+from tests.commands import in_process
+
+pytestmark = pytest.mark.dpdk
+
+
+@pytest.mark.parametrize("name", ["drop", "payload-mended", "kill-extractor", "torn-log"])
+def test_promises_are_kept(job, name):
+    for number in range(2):
+        found = run_case(7, name, number, [job.folder])
+        assert found["problems"] == []
+        assert found["iterations"] == 8
+
+
+def test_a_case_of_the_loss_experiment_counts_what_is_incomplete(job):
+    found = [run_loss(3, 2, 0.05, number, job.folder) for number in range(2)]
+    assert [one["problems"] for one in found] == [[], []]
+    # Not the first iteration, and not the last, whose record nobody repeats. Two of three edges: one loss is enough.
+    assert [one["trials"] for one in found] == [6, 6]
+    assert 0 < sum(one["lost"] for one in found) <= sum(one["incomplete"] for one in found)
+
+
+def shadowed(case, folder):
+    """Run a case; return its directory and counters."""
+    captures = {}
+    for name, shown in case.streams.items():
+        captures[name] = folder / f"{name}.pcap"
+        write_capture(captures[name], ((one.frame, len(one.frame), one.ns) for one in shown))
+    with Chain(case.document, case.job.folder, captures, folder, random.Random(1), Script(), {}) as chain:
+        chain.run()
+    return chain.out, chain.packets
+
+
+@pytest.fixture(scope="module")
+def unspoilt(job, tmp_path_factory):
+    case = Case.of(job, random.Random(1))
+    return case, *shadowed(case, tmp_path_factory.mktemp("unspoilt"))
+
+
+@pytest.fixture(scope="module")
+def holed(job, tmp_path_factory):
+    """A case in which nobody shows some bytes of iteration 4."""
+    case = Case.of(job, random.Random(1))
+    for name, shown in case.streams.items():
+        brings = [
+            at
+            for at in case.data(name, 4)
+            if case.iteration(shown[at]) == 4 and job.links[shown[at].link].units[shown[at].index] is not None
+        ]
+        case.streams[name] = [one for at, one in enumerate(shown) if at not in brings[:10]]
+    return case, *shadowed(case, tmp_path_factory.mktemp("holed"))
+
+
+def test_what_is_right_is_called_right(unspoilt, holed):
+    for case, out, packets in (unspoilt, holed):
+        verdict = judge(case, out, packets)
+        assert verdict.bad == 0, verdict.problems
+    assert judge(*unspoilt).committed == 8
+    assert (judge(*holed).committed, judge(*holed).incomplete, judge(*holed).waiting) == (3, 1, 4)
+
+
+def test_other_bits_are_wrong(unspoilt):
+    case, out, packets = unspoilt
+    for attribute, other in (("state_digests", "0" * 64), ("gradient_digests", [b"x" * 32])):
+        told = copy.copy(case)
+        told.job = copy.copy(case.job)
+        setattr(told.job, attribute, getattr(case.job, attribute) | {5: other})
+        verdict = judge(told, out, packets)
+        assert (verdict.wrong, verdict.bad) == (1, 1), verdict.problems
+
+
+def test_a_missing_frame_is_unaccounted(unspoilt):
+    case, out, packets = unspoilt
+    told = copy.deepcopy(packets)
+    next(iter(told["per_stream"].values()))["control"] -= 3
+    assert judge(case, out, told).unaccounted == 3
+
+
+def test_what_was_shown_and_is_missing_is_unrepaired_and_untrue(job, holed):
+    _, out, packets = holed
+    told = Case.of(job, random.Random(1))
+    verdict = judge(told, out, packets)
+    assert verdict.unrepaired >= 1 and verdict.untrue_ranges >= 1 and verdict.unaccounted > 0
+
+
+def test_what_nobody_showed_and_is_there_is_untrue(holed, unspoilt):
+    told, _, _ = holed
+    _, out, packets = unspoilt
+    verdict = judge(told, out, packets)
+    assert verdict.untrue_ranges >= 1 and verdict.wrong == 0
+
+
+def test_a_shorter_list_is_unlisted(job, unspoilt, tmp_path):
+    case = Case.of(job, random.Random(1))
+    for name in case.streams:
+        del case.streams[name][case.begin(name, 6) :]
+    out, packets = shadowed(case, tmp_path)
+    assert judge(unspoilt[0], out, packets).unlisted == 3
+
+
+def test_an_unknown_kind_is_named():
+    status, _, error = in_process("faults", "--quick", "--only", "no-such-fault")
+    assert status == 3 and "no-such-fault" in error and "drop-burst" in error
+
+
+@pytest.mark.slow
+def test_the_quick_campaign_keeps_every_promise(tmp_path):
+    status, out, error = in_process("faults", "--quick", "--json", "--out", tmp_path / "campaign")
+    document = json.loads(out)
+    assert status == 0, error
+    assert [fault["name"] for fault in document["faults"]] == list(load())
+    assert all(fault["cases"] >= 1 for fault in document["faults"])
+    for key in ("wrong", "unaccounted_packets", "untrue_ranges", "unrepaired", "unlisted"):
+        assert document[key] == 0
+    page = (tmp_path / "campaign" / "faults.html").read_text()
+    assert page == render(json.loads((tmp_path / "campaign" / "faults.json").read_text()))
+    assert "http" not in page and all(name in page for name in load())
