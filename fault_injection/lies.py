@@ -11,7 +11,7 @@ import struct
 
 from fault_injection.case import CONTRADICTS, LIE, Case, Shown
 from fault_injection.frames import WRITE_LAST, WRITE_MIDDLE, Header, changed
-from fault_injection.jobs import Job
+from fault_injection.jobs import Job, Link
 from fault_injection.kinds import kind
 
 __all__: list[str] = []
@@ -127,27 +127,35 @@ def immediate_mended(case: Case) -> None:
 
 @kind("psn-of-lost", lambda job: job.protocol == "simple")
 def psn_of_lost(case: Case) -> None:
-    """Give a message's first packet the place of the next message's, which is lost in all streams: only its address knows."""
-    name = case.rng.choice(list(case.streams))
-    for name, at, header in _chosen(case, 2, lambda case, one, header: header.reth is not None and _brings(case, one)):
+    """Give a message's first packet the place of a later one's, which is lost in all streams: only its address knows."""
+    for name, at, header in _chosen(case, 1, lambda case, one, header: header.reth is not None and _brings(case, one))[
+        :1
+    ]:
         one = case.streams[name][at]
         link = case.job.links[one.link]
         following = next(
-            (
-                other
-                for other in range(one.index + 1, len(link.frames))
-                if link.flow[other] == link.flow[one.index] and link.headers[other].reth is not None
-            ),
-            None,
+            (other for other in range(one.index + 1, len(link.frames)) if _could_be(link, one.index, other)), None
         )
-        if following is None or link.units[following] is None or link.headers[following].opcode != header.opcode:
+        if following is None:
             continue
         field = struct.pack(">I", link.headers[following].psn)[1:]
         _lie(case, name, at, header, header.bth + 9, field)
         iteration, units = link.iteration[following], set(link.units[following].tolist())
-        case.lied.update(range(iteration - 2, iteration + 2))
+        case.lied.update(range(link.iteration[one.index] - 1, iteration + 2))
         for other, shown in case.streams.items():
             case.streams[other] = [one for one in shown if not _of(case, one, iteration, units)]
+
+
+def _could_be(link: Link, index: int, other: int) -> bool:
+    """Whether a packet differs from a later one of its flow in nothing that the layout knows but the address."""
+    one, two = link.headers[index], link.headers[other]
+    if link.flow[other] != link.flow[index] or link.units[other] is None or two.opcode != one.opcode:
+        return False
+    address, length = slice(one.reth, one.reth + 8), slice(one.reth + 12, one.reth + 16)
+    mine, others = link.frames[index], link.frames[other]
+    return (
+        mine[length] == others[length] and mine[address] != others[address] and one.payload_bytes == two.payload_bytes
+    )
 
 
 def _brings(case: Case, one: Shown) -> bool:

@@ -42,10 +42,10 @@ def loss_at(plan: Any, share: float, formula: Formula) -> float:
     return float(f"{low:.3g}")
 
 
-def unrepaired(rows: dict[int, dict], first: int, last: int) -> tuple[int, int]:
+def unrepaired(states: dict[int, str], first: int, last: int) -> tuple[int, int]:
     """Return (iterations, those that are incomplete) from `first` to before `last`; the last has nobody who repeats its record."""
-    states = [rows[number]["state"] if number in rows else "incomplete" for number in range(first, last)]
-    return len(states), sum(state == "incomplete" for state in states)
+    found = [states.get(number, "incomplete") for number in range(first, last)]
+    return len(found), sum(state == "incomplete" for state in found)
 
 
 def _tail(successes: int, trials: int, probability: float) -> float:

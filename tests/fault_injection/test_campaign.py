@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fault_injection.campaign import run_case
+from fault_injection.campaign import run_case, run_loss
 from fault_injection.case import Case
 from fault_injection.chain import Chain, Script
 from fault_injection.frames import write_capture
@@ -25,6 +25,14 @@ def test_promises_are_kept(job, name):
         found = run_case(7, name, number, [job.folder])
         assert found["problems"] == []
         assert found["iterations"] == 8
+
+
+def test_a_case_of_the_loss_experiment_counts_what_is_incomplete(job):
+    found = [run_loss(3, 2, 0.05, number, job.folder) for number in range(2)]
+    assert [one["problems"] for one in found] == [[], []]
+    # Not the first iteration, and not the last, whose record nobody repeats. Two of three edges: one loss is enough.
+    assert [one["trials"] for one in found] == [6, 6]
+    assert 0 < sum(one["lost"] for one in found) <= sum(one["incomplete"] for one in found)
 
 
 def shadowed(case, folder):

@@ -14,7 +14,7 @@ from fault_injection.expected import expect, must_be_whole
 from fault_injection.frames import Header, mended, read_capture, write_capture
 from fault_injection.jobs import Iteration
 from fault_injection.kinds import load
-from fault_injection.loss import interval
+from fault_injection.loss import interval, loss_at, row
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
@@ -104,3 +104,11 @@ def test_captures_are_written_as_they_are_read(job, tmp_path):
 def test_the_interval_is_that_of_the_tables(successes, trials, low, high):
     # Clopper and Pearson (1934); values as in common tables of exact binomial limits.
     assert interval(successes, trials) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_the_loss_of_a_point_is_where_the_formula_has_its_share():
+    def formula(plan, loss):
+        return 1 - (1 - loss) ** plan
+
+    assert formula(40, loss_at(40, 0.15, formula)) == pytest.approx(0.15, rel=0.01)
+    assert row(2, 0.004, 1000, 148, 0.15)["inside"] and not row(2, 0.004, 1000, 100, 0.15)["inside"]
