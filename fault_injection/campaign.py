@@ -216,9 +216,8 @@ def _cases(plan: Plan, kinds: Iterable[str], folders: list[Path], iterations: in
 
 def _loss_cases(plan: Plan, folder: Path) -> list[tuple]:
     """Return the tasks of the loss experiment: streams and rates at which the formula has so many iterations lost."""
-    from flowcheck.sizing import unrepairable
-
     from fault_injection.loss import POINTS, loss_at, plan_of
+    from flowcheck.sizing import unrepairable
 
     cases = plan.cases or LOSS_CASES[not plan.quick]
     tasks = []
@@ -232,10 +231,9 @@ def _loss_cases(plan: Plan, folder: Path) -> list[tuple]:
 
 def _loss_rows(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the document's `loss` from the cases of the experiment."""
-    from flowcheck.sizing import unrepairable
-
     from fault_injection.loss import plan_of
     from fault_injection.loss import row as entry
+    from flowcheck.sizing import unrepairable
 
     out = []
     for streams, loss in sorted({row["point"] for row in rows}):

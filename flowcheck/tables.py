@@ -70,6 +70,10 @@ def _ranges(ranges: list[list[int]], most: int = 3) -> str:
     return text + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
 
 
+def _by_sources(row: dict[str, Any]) -> str:
+    return "" if row["sources"] is None else " / ".join(map(str, row["sources"]))
+
+
 def print_faults(report: dict[str, Any]) -> None:
     """Print the document of `faults`."""
     console = _console()
