@@ -61,6 +61,8 @@ def measure(folder: Path, elements: int, form: str, rounds: int) -> dict[str, An
         log.append(GRADIENT, 1, iteration, 0, [gradient])
         log.commit()
         model.step(slot, revision)
+        for full in sorted(folder.glob("*.fclog"))[:-1]:
+            full.unlink()  # as retention does; nothing here reads it
 
     def state() -> State:
         facts = arithmetic.current().model_dump()
@@ -129,6 +131,7 @@ def main() -> None:
             print(f"{elements} parameters, {form}", file=sys.stderr)
             with tempfile.TemporaryDirectory(prefix="flowcheck-bench-", dir=options.folder) as folder:
                 results.append(measure(Path(folder), elements, form, options.rounds))
+            print(json.dumps(results[-1]), file=sys.stderr)
     machine = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps({"machine": machine, "results": results}, indent=1))
 

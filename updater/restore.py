@@ -116,8 +116,9 @@ def _restore(directory: Directory, attempt: int, wanted: int, progress: Progress
                 model.load_state(state, str(directory.path))
         except CheckpointError as error:
             problem = problem or error
-            _log.warning("restoring from an older snapshot: %s", error)
             continue
+        if problem is not None:
+            _log.warning("restoring from the older snapshot of iteration %d: %s", snapshot, problem)
         steps = {number: entry for number, entry in entries.items() if number > snapshot}
         exact = _exact_here(directory, attempt)
         replayed = replay(plan, model, steps, directory.manifest.identities, exact=exact) if steps else ()
