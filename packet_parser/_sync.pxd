@@ -153,7 +153,7 @@ cdef inline bint fc_walk(const fc_data_flow *flow, uint64_t position, int64_t be
 cdef inline bint fc_follow(fc_data_flow *flow, const fc_sync *sync, uint32_t psn) noexcept nogil:
     """Set flow.place to where a PSN is, counted from the last accepted packet; False outside of the layout."""
     cdef int64_t behind = fc_distance(psn, sync.psn)
-    cdef int64_t position = <int64_t> sync.position + behind
+    cdef int64_t position = <int64_t> (sync.position + <uint64_t> behind)  # of a ring's published state: any number
     # The layout counts clean messages by what they carry: far behind them it may seem that there was nothing.
     if fc_clean_between(flow, sync.step, sync.step) or (position < 0 and flow.encoding == FC_ENCODING_LL):
         return fc_walk(flow, sync.position, behind, &flow.place)

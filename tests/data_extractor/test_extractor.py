@@ -102,6 +102,23 @@ def test_claims_without_bytes_fall_back(tmp_path):
     assert decided[1][0] == 2 and decided[1][3] == job.gradients[1]
 
 
+def test_units_behind_the_last_one_count_for_none_that_is_missing(tmp_path):
+    """A slot file may hold anything: as many stray bits as there are missing units do not make a slot whole."""
+    job, plan = jobs.Job(1), jobs.plan()
+    slots = jobs.slots_of(tmp_path, plan)
+    pieces = [piece for piece in job.pieces if not (piece.kind == "final" and piece.end == jobs.TOTAL)]
+    lost = next(piece for piece in job.pieces if piece.kind == "final" and piece.end == jobs.TOTAL)
+    ring = parsed(tmp_path, job, plan, pieces)
+    Extractor([ring], plan, slots)
+    slot, units = slots.slot(1), jobs.TOTAL // 8
+    slot["iteration"], slot["state"], slot["units"] = 1, 1, units
+    word, count = slots.offset(1) + int(slot["done_offset"]) + 8 * (units // 64), (lost.end - lost.begin) // 8
+    assert 0 < count <= 64 - units % 64
+    slots.memory[word : word + 8] = ((1 << count) - 1 << units % 64).to_bytes(8, "little")
+    decided = jobs.drain([Extractor([ring], plan, slots)], slots)
+    assert decided[1][0] == 3 and decided[1][2] == [(lost.begin, lost.end)]
+
+
 def test_a_full_slot_file_holds_the_stream_until_iterations_are_taken(tmp_path):
     job, plan = jobs.Job(9), jobs.plan(slots=3)
     slots = jobs.slots_of(tmp_path, plan)
