@@ -118,7 +118,7 @@ def _restore(directory: Directory, attempt: int, wanted: int, progress: Progress
             problem = problem or error
             continue
         if problem is not None:
-            _log.warning("restoring from the older snapshot of iteration %d: %s", snapshot, problem)
+            _log.warning("restoring from an older snapshot, of iteration %d: %s", snapshot, problem)
         steps = {number: entry for number, entry in entries.items() if number > snapshot}
         exact = _exact_here(directory, attempt)
         replayed = replay(plan, model, steps, directory.manifest.identities, exact=exact) if steps else ()
