@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from data_extractor._lines cimport fc_ll128_run, fc_ll128_runs, fc_ll128_strip, fc_ll_kernel, fc_ll_strip
 from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
     FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
@@ -23,18 +24,6 @@ from flowcheck.errors import FlowCheckError, RingFormatError
 
 cdef extern from "rte_prefetch.h" nogil:
     void rte_prefetch0(const void *address)
-
-cdef extern from "_ll.h" nogil:
-    ctypedef int (*fc_ll_strip)(uint8_t *dst, const uint8_t *src, size_t lines, uint32_t flag)
-    fc_ll_strip fc_ll_kernel(const char *name)
-
-cdef extern from "_ll128.h" nogil:
-    ctypedef struct fc_ll128_run:
-        uint32_t unit
-        uint32_t units
-    uint32_t fc_ll128_runs(uint32_t line, fc_ll128_run *runs)
-    int fc_ll128_strip(uint8_t *data, const uint8_t *payload, uint32_t line, uint32_t lines, uint64_t flag,
-                       uint64_t first, uint64_t bytes)
 
 cdef extern from * nogil:
     """
@@ -85,16 +74,21 @@ cdef struct window:
     uint64_t bits[MOST_WORDS]   # bit (first % 64 + i) stands for unit first + i
 
 
+cdef inline uint64_t _bits_between(uint64_t word, uint64_t low, uint64_t high) noexcept nogil:
+    """Return the bits of a bitmap's word that stand for [low, high); the word holds some of them."""
+    cdef uint64_t bits = ~(<uint64_t> 0)
+    if word == low // 64:
+        bits <<= low % 64
+    if word == high // 64:
+        bits &= (<uint64_t> 1 << (high % 64)) - 1
+    return bits
+
+
 cdef void _mark(window *where, uint64_t begin, uint64_t count) noexcept nogil:
     """Set the bits of `count` units, from the begin-th of the range on."""
-    cdef uint64_t low = where.first % 64 + begin, high = low + count, word, bits
+    cdef uint64_t low = where.first % 64 + begin, high = low + count, word
     for word in range(low // 64, (high + 63) // 64):
-        bits = ~(<uint64_t> 0)
-        if word == low // 64:
-            bits <<= low % 64
-        if word == high // 64:
-            bits &= (<uint64_t> 1 << (high % 64)) - 1
-        where.bits[word] |= bits
+        where.bits[word] |= _bits_between(word, low, high)
 
 
 cdef bint _cover(const fc_record *record, window *where) noexcept nogil:
@@ -590,11 +584,7 @@ cdef class ExtractLoop:
             first, last = self.pieces[i][0], self.pieces[i][1]
             sources = 0
             for word in range(first // 64, (last + 63) // 64):
-                mask = ~(<uint64_t> 0)
-                if word == first // 64:
-                    mask <<= first % 64
-                if word == last // 64:
-                    mask &= (<uint64_t> 1 << (last % 64)) - 1
+                mask = _bits_between(word, first, last)
                 memset(least, 0, sizeof(least))
                 for edge in range(several):
                     bits = edges[edge * words + word] & mask

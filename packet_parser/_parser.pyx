@@ -18,7 +18,7 @@ from flowcheck._wire cimport (
     fc_icrc_right, fc_wire)
 from packet_parser._sync cimport (
     FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_is_clean, fc_judge,
-    fc_lose_time, fc_note_credit, fc_sync)
+    fc_lose_time, fc_note_credit, fc_sync, fc_within)
 
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.verdicts import VERDICTS
@@ -303,8 +303,8 @@ cdef class RingParser:
         """Judge a request packet of a data queue pair and annotate its place."""
         cdef fc_data_flow *flow = self.flows + entry.index
         cdef fc_sync *sync = self.state.sync + entry.index
-        cdef uint64_t now = record.timestamp_ns, began = self.state.began_ns
-        cdef bint begins = (now - began if now > began else began - now) < NEW_NS
+        cdef uint64_t now = record.timestamp_ns
+        cdef bint begins = fc_within(self.state.began_ns, now, NEW_NS)
         cdef int reason = fc_judge(flow, sync, wire, payload, now, begins)
         cdef int proof
         cdef const fc_row *row

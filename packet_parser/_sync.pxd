@@ -309,9 +309,13 @@ cdef inline bint fc_prove_by_flag(fc_data_flow *flow, fc_sync *sync, const fc_wi
     fc_accept(flow, sync, wire, now)
     return True
 
+cdef inline bint fc_within(uint64_t then, uint64_t now, uint64_t span_ns) noexcept nogil:
+    """Whether two times are less than a span apart, whichever comes first: clocks go back."""
+    return (now - then if now > then else then - now) < span_ns
+
 cdef inline bint fc_fresh(const fc_data_flow *flow, uint64_t then, uint64_t now) noexcept nogil:
     """Whether too little time has passed since `then` for the sequence to have come round."""
-    return (now - then if now > then else then - now) < flow.silence_ns
+    return fc_within(then, now, flow.silence_ns)
 
 cdef inline bint fc_is_near(uint64_t message, uint64_t other) noexcept nogil:
     return -FC_CREDIT_NEAR <= <int64_t> (message - other) <= FC_CREDIT_NEAR

@@ -8,17 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-cdef extern from "_ll.h" nogil:
-    ctypedef int (*fc_ll_strip)(uint8_t *dst, const uint8_t *src, size_t lines, uint32_t flag)
-    fc_ll_strip fc_ll_kernel(const char *name)
-
-cdef extern from "_ll128.h" nogil:
-    ctypedef struct fc_ll128_run:
-        uint32_t unit
-        uint32_t units
-    uint32_t fc_ll128_runs(uint32_t line, fc_ll128_run *runs)
-    int fc_ll128_strip(uint8_t *data, const uint8_t *payload, uint32_t line, uint32_t lines, uint64_t flag,
-                       uint64_t first, uint64_t bytes)
+from data_extractor._lines cimport fc_ll128_run, fc_ll128_runs, fc_ll128_strip, fc_ll_kernel, fc_ll_strip
 
 cdef extern from "_target.h" nogil:
     void fuzz_claim(bint holds, const char *what, long long number)
