@@ -68,10 +68,12 @@ def digests(
 
 def differing(
     plan: Plan, record: np.ndarray, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> list[tuple[int, int | None]]:
-    """Return where a state is not that of the ranks by the digests in a record: what `RecordForm.audit` returns."""
-    ours = digests(group_names(plan), tensors, optimizer).tolist()
-    return plan.record_form.audit(record, [digest % 2**64 for digest in ours])
+) -> list[tuple[list[str], int | None]]:
+    """Return where a state is not that of the ranks by the digests in a record: names of a group, and whose (`RecordForm.audit`)."""
+    groups = group_names(plan)
+    ours = digests(groups, tensors, optimizer).tolist()
+    found = plan.record_form.audit(record, [digest % 2**64 for digest in ours])
+    return [(groups[group], rank) for group, rank in found]
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:

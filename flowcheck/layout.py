@@ -495,7 +495,7 @@ def _final_ranges(plan: Plan, index: int, revision: Revision) -> Iterator[tuple[
 def mirrored_ranges(plan: Plan, iteration: int) -> list[list[int]]:
     """Return the byte ranges of an iteration's flat gradient that some mirrored connection carries fully reduced."""
     shard, ranges = plan.shard, []
-    for index in sorted({index for stream in shard.streams for index in shard.stream_connections(stream.name)}):
+    for index in shard.mirrored_connections:
         ranges += _final_ranges(plan, index, shard.revision(iteration))
     return plan.flat_ranges(iteration, ranges)
 
@@ -506,9 +506,8 @@ def single_sources(plan: Plan, revision: Revision) -> list[tuple[int, int, int]]
     Whatever is lost of it no other edge repairs.
     """
     shard = plan.shard
-    shown = {index for stream in shard.streams for index in shard.stream_connections(stream.name)}
     per_edge: dict[int, list[tuple[int, int]]] = {}
-    for index in shown:
+    for index in shard.mirrored_connections:
         per_edge.setdefault(shard.connections[index].edge, []).extend(_final_ranges(plan, index, revision))
     turns = []
     for edge, ranges in per_edge.items():

@@ -524,6 +524,11 @@ class Shard(_Model):
         """The edges that any stream shows, ascending."""
         return sorted({link for stream in self.streams for link in stream.links})
 
+    @property
+    def mirrored_connections(self) -> list[int]:
+        """The indices of the connections whose packets any stream shows, ascending."""
+        return sorted({index for stream in self.streams for index in self.stream_connections(stream.name)})
+
     def stream_connections(self, name: str) -> list[int]:
         """Return the indices of the connections whose packets a stream shows."""
         stream = self.stream(name)

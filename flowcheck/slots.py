@@ -193,10 +193,6 @@ class SlotFile:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], undone, [0]))))
         return [(int(a) * UNIT_BYTES, int(b) * UNIT_BYTES) for a, b in edges.reshape(-1, 2)]
 
-    def sources(self, iteration: int) -> list[int]:
-        """Return how many bytes of a settled iteration's gradient came over no, one, two, three or more edges."""
-        return self.slot(iteration)["source_bytes"].tolist()
-
     @property
     def settled_next(self) -> int:
         """Every iteration below it is decided."""

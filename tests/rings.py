@@ -88,5 +88,5 @@ def what(slots, number, size):
     covered = np.ones(size, bool)
     for begin, end in slots.missing(number):
         covered[begin:end] = False
-    state = int(slots.slot(number)["state"])
-    return state, slots.gradient(number)[:size].tobytes(), covered, slots.sources(number)
+    slot = slots.slot(number)
+    return int(slot["state"]), slots.gradient(number)[:size].tobytes(), covered, slot["source_bytes"].tolist()

@@ -154,8 +154,7 @@ class Shadow:
             return None
         found = audit.differing(self.plan, record, self._model.audited, self._model.optimizer)
         self.diverged = any(rank is None for _, rank in found)
-        names = audit.group_names(self.plan)
-        return [{"tensors": names[group], "rank": rank} for group, rank in found]
+        return [{"tensors": names, "rank": rank} for names, rank in found]
 
     def has_non_finite(self, slot: np.ndarray, revision: Revision) -> bool:
         """Whether a gradient that the optimizer would step by is not finite."""

@@ -247,8 +247,7 @@ class Updater:
     def _take_skipped(self, end: int) -> int:
         """Note the iterations from the next to before `end`, of which nothing has come, together; 1 if it is done, else 0."""
         if not self._logging:
-            if self._volatile_from == self._next and time.monotonic() >= self._retry_at:
-                self._logging = True  # nothing is lost yet: try the log itself
+            self._try_log(self._next)
             return 0
         try:
             if (self._journal.next or self.plan.first_step) < end:
@@ -444,12 +443,16 @@ class Updater:
             self._stepping.hold(decision.iteration, decision.parts[-1])
             possible = not self._stepping.shadow.diverged
         if not possible:
-            if self._volatile_from == decision.iteration and time.monotonic() >= self._retry_at:
-                self._logging = True  # nothing is lost yet: try the log itself
+            self._try_log(decision.iteration)
             return False
         self._stepping.step(decision)
         self._counters["volatile"] += 1
         return True
+
+    def _try_log(self, iteration: int) -> None:
+        """Have the log itself tried again if the iteration is the first that the disk refused: nothing is lost yet."""
+        if self._volatile_from == iteration and time.monotonic() >= self._retry_at:
+            self._logging = True
 
     def _try_again(self, *, bridge: bool) -> None:
         """Have a snapshot written, with which all is durable again; slots keep what follows it until it is there.
