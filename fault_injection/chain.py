@@ -151,10 +151,6 @@ class Chain:
             stage._lock = -1  # closing it does nothing from here on
         self.restarts += 1
 
-    def revive(self, name: str) -> None:
-        """Make a dropped stage anew."""
-        self._make(name)
-
     def run(self) -> None:
         """Poll until every stage is finished; one that is killed in the middle of a call is made anew.
 

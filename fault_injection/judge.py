@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _WHOLE = ("committed", "waiting")
 
 @dataclass
 class Verdict:
-    """What came of one case, or of several added up.
+    """What came of one case.
 
     Attributes:
         iterations: that the jobs had.
@@ -55,11 +55,6 @@ class Verdict:
     unaccounted: int = 0
     refused: int = 0
     problems: list[str] = field(default_factory=list)
-
-    def add(self, other: Verdict) -> None:
-        """Add what came of another case."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
     @property
     def bad(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fault_injection.case import Case
 from fault_injection.jobs import Job
 
-__all__ = ["KINDS", "Kind", "kind"]
+__all__ = ["KINDS", "Kind", "kind", "load", "several"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def kind(name: str, fits: Callable[[Job], bool] = lambda job: True) -> Callable[
         return spoil
 
     return enter
+
+
+def several(job: Job) -> bool:
+    """Whether a job has more than one stream: of `fits`."""
+    return len(job.streams) > 1
 
 
 def load() -> dict[str, Kind]:

@@ -7,14 +7,9 @@ import struct
 
 from fault_injection.case import BROKEN, OTHER, Case, Shown
 from fault_injection.chain import Chain, Script
-from fault_injection.jobs import Job
-from fault_injection.kinds import kind
+from fault_injection.kinds import kind, several
 
 __all__: list[str] = []
-
-
-def _several(job: Job) -> bool:
-    return len(job.streams) > 1
 
 
 def _begin(case: Case, name: str) -> int:
@@ -177,14 +172,14 @@ def pause(case: Case) -> None:
         _keep(case, name, set(range(begin, end)))
 
 
-@kind("cable-cut", _several)
+@kind("cable-cut", several)
 def cable_cut(case: Case) -> None:
     """End a stream for good at any frame."""
     for name in case.rng.sample(list(case.streams), case.rng.randint(1, len(case.streams))):
         case.streams[name] = case.streams[name][: case.rng.randrange(case.begin(name, 2), len(case.streams[name]))]
 
 
-@kind("late-start", _several)
+@kind("late-start", several)
 def late_start(case: Case) -> None:
     """Have a stream begin at any frame."""
     for name in case.rng.sample(list(case.streams), case.rng.randint(1, len(case.streams) - 1)):
@@ -201,14 +196,14 @@ class _Behind(Script):
         return stage not in self._names or (turn >= self._turns and turn % self._every == 0)
 
 
-@kind("delay", _several)
+@kind("delay", several)
 def delay(case: Case) -> None:
     """Have streams come later than the others, and slower."""
     some = case.rng.sample(list(case.streams), case.rng.randint(1, len(case.streams) - 1))
     case.script = _Behind(some, case.rng.randint(5, 200), case.rng.choice([1, 3, 7]))
 
 
-@kind("swapped-cables", _several)
+@kind("swapped-cables", several)
 def swapped_cables(case: Case) -> None:
     """From some iteration on have two streams show each other's frames."""
     one, other = case.rng.sample(list(case.streams), 2)
@@ -218,7 +213,7 @@ def swapped_cables(case: Case) -> None:
     case.streams[one], case.streams[other] = first[:a] + second[b:], second[:b] + first[a:]
 
 
-@kind("crosstalk", _several)
+@kind("crosstalk", several)
 def crosstalk(case: Case) -> None:
     """Have a stream show another's frames beside its own."""
     into, source = case.rng.sample(list(case.streams), 2)

@@ -10,16 +10,11 @@ import numpy as np
 
 from fault_injection.case import OTHER, Case, Shown
 from fault_injection.frames import WRITE_ONLY, Header, mended
-from fault_injection.jobs import Job
-from fault_injection.kinds import kind
+from fault_injection.kinds import kind, several
 
 __all__: list[str] = []
 
 _STRIDE = {"ll": 65536, "ll128": 614400, "simple": 524288}
-
-
-def _several(job: Job) -> bool:
-    return len(job.streams) > 1
 
 
 def _other_data(protocol: str, frame: bytearray, header: Header) -> None:
@@ -161,14 +156,14 @@ def irregular(case: Case) -> None:
     case.lied.update(range(iteration, case.job.iterations + 2))
 
 
-@kind("wrong-link", _several)
+@kind("wrong-link", several)
 def wrong_link(case: Case) -> None:
     """Give two streams each other's captures."""
     one, other = case.rng.sample(list(case.streams), 2)
     case.streams[one], case.streams[other] = case.streams[other], case.streams[one]
 
 
-@kind("wrong-edge", lambda job: _several(job) and job.shard["layout"]["channels"] == 1)
+@kind("wrong-edge", lambda job: several(job) and job.shard["layout"]["channels"] == 1)
 def wrong_edge(case: Case) -> None:
     """Have the plan exchange addresses and queue pairs of two edges, and the streams their captures: all but the credits agree."""
     one, other = case.rng.sample(list(case.streams), 2)
