@@ -123,17 +123,21 @@ def check_rate(lossy, loss, trials, seed):
     assert abs(lost / of - exact) <= 1.96 * math.sqrt(exact * (1 - exact) / of), (lost, of, exact)
 
 
-def test_measured_rates_of_a_small_job_agree(tmp_path):
-    """Simple, with step records, over two and three mirrored edges of four, at two rates each."""
+def check_rates(tmp_path, trials, **options):
+    """Check a job of four ranks over two and three mirrored edges, at two rates each."""
     folder = tmp_path / "job"
-    options = {"protocol": "simple", "hook": True, "links": LINKS[3]}
-    recorded(folder, ranks=RANKS, iterations=ITERATIONS, parameters=PARAMETERS, mtu=512, truth="none", **options)
+    options |= {"ranks": RANKS, "iterations": ITERATIONS, "parameters": PARAMETERS, "mtu": 512, "links": LINKS[3]}
+    recorded(folder, truth="none", **options)
     for edges, rates in RATES.items():
         scratch = tmp_path / f"scratch-{edges}"
         scratch.mkdir()
         lossy = Lossy(restricted(folder, LINKS[edges], tmp_path), scratch)
         for seed, loss in enumerate(rates):
-            check_rate(lossy, loss, 200, seed)
+            check_rate(lossy, loss, trials, seed)
+
+
+def test_measured_rates_of_a_small_job_agree(tmp_path):
+    check_rates(tmp_path, 200, protocol="simple", hook=True)
 
 
 @pytest.mark.slow
@@ -141,15 +145,7 @@ def test_measured_rates_of_a_small_job_agree(tmp_path):
 @pytest.mark.parametrize("hook", [False, True], ids=["plain", "hook"])
 @pytest.mark.parametrize("protocol", ["ll", "ll128", "simple"])
 def test_measured_rates_agree(tmp_path, protocol, hook):
-    folder = tmp_path / "job"
-    options = {"protocol": protocol, "hook": hook, "links": LINKS[3]}
-    recorded(folder, ranks=RANKS, iterations=ITERATIONS, parameters=PARAMETERS, mtu=512, truth="none", **options)
-    for edges, rates in RATES.items():
-        scratch = tmp_path / f"scratch-{edges}"
-        scratch.mkdir()
-        lossy = Lossy(restricted(folder, LINKS[edges], tmp_path), scratch)
-        for seed, loss in enumerate(rates):
-            check_rate(lossy, loss, 2000, seed)
+    check_rates(tmp_path, 2000, protocol=protocol, hook=hook)
 
 
 def test_the_exact_sweep_equals_an_enumeration_of_what_is_lost():

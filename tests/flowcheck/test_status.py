@@ -4,19 +4,9 @@
 import json
 
 from tests.commands import flowcheck
-from tests.updater.small import Slots, Truth, make_plan, open_updater, run
+from tests.updater.small import make
 
 LAST = 12
-
-
-def left(tmp_path, lost):
-    """Leave a directory of a job that has lost some iterations; return it and the trainer."""
-    plan = make_plan()
-    truth = Truth(plan).run(LAST)
-    truth.save(tmp_path)
-    with open_updater(plan, Slots(plan, LAST, lost), tmp_path / "out", tmp_path) as updater:
-        run(updater)
-    return tmp_path / "out", truth
 
 
 def status(out):
@@ -24,7 +14,7 @@ def status(out):
 
 
 def test_nothing_lost_nothing_waits(tmp_path):
-    out, _ = left(tmp_path, ())
+    out, _ = make(tmp_path, LAST, ())
     report = status(out)
     assert report["waiting"] is None and report["lost"] == [] and report["last_committed"] == LAST
     said = flowcheck("status", out)
@@ -32,7 +22,7 @@ def test_nothing_lost_nothing_waits(tmp_path):
 
 
 def test_what_is_lost_and_what_waits_is_said_until_a_base_comes(tmp_path):
-    out, truth = left(tmp_path, (5, 9))
+    out, truth = make(tmp_path, LAST, (5, 9))
     report = status(out)
     assert report["last_committed"] == 4 and report["incomplete"] == 2 and report["waiting"] == [6, LAST]
     assert [(row["iteration"], row["reason"], row["missing"]) for row in report["lost"]] == [
@@ -50,7 +40,7 @@ def test_what_is_lost_and_what_waits_is_said_until_a_base_comes(tmp_path):
 
 
 def test_only_the_newest_losses_are_listed(tmp_path):
-    out, _ = left(tmp_path, range(2, 10))
+    out, _ = make(tmp_path, LAST, range(2, 10))
     report = status(out)
     assert [row["iteration"] for row in report["lost"]] == [5, 6, 7, 8, 9] and report["incomplete"] == 8
     assert "3 lost iterations before these" in flowcheck("status", out)

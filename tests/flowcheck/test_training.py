@@ -5,7 +5,6 @@ import contextlib
 import struct
 import time
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from flowcheck.errors import FlowCheckError
 from flowcheck.formats import SLOT
 from flowcheck.verdicts import VERDICTS
 from packet_parser.parser import Parser
+from tests import builders
 from tests.jobs import ring_of
 from tests.workload_gen import hooked
 from updater.directory import Directory
@@ -574,11 +574,7 @@ def with_a_wrong_word(frame):
     for at in range(14 + 40 + 8 + 12, len(spoilt) - 4, 4):
         if spoilt[at : at + 4] == struct.pack("<f", 0x4346):
             spoilt[at : at + 4] = struct.pack("<f", 0x4347)
-            covered = bytearray(b"\xff" * 8 + spoilt[14:-4])
-            for masked in (8, 9, 10, 11, 15, 8 + 46, 8 + 47, 8 + 52):
-                covered[masked] |= 0x0F if masked == 8 else 0xFF
-            spoilt[-4:] = struct.pack("<I", zlib.crc32(covered))
-            return bytes(spoilt)
+            return builders.mended(spoilt)
     return frame
 
 

@@ -6,12 +6,12 @@ carry steps, slots' addresses, message numbers in credits, checksums. IPv6 witho
 """
 
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from tests.builders import mended
 from tests.witness.capture import Capture, Wire
 from tests.witness.payload import STRIDE
 
@@ -41,15 +41,6 @@ class Frame:
     @property
     def payload_at(self):
         return BTH + 12 + 16 * self.has_reth + 4 * (self.data[BTH] in WITH_IMMEDIATE)
-
-
-def with_icrc(data):
-    """Return a frame, given without its last four bytes: class, flow label, hop limit, UDP checksum, congestion bits count as ones."""
-    masked = bytearray(data)
-    masked[14:18] = bytes((data[14] | 0x0F, 0xFF, 0xFF, 0xFF))
-    masked[21] = masked[BTH + 4] = 0xFF
-    masked[BTH - 2 : BTH] = b"\xff\xff"
-    return bytes(data) + struct.pack("<I", zlib.crc32(b"\xff" * 8 + bytes(masked[14:])))
 
 
 class Collected(Capture):
@@ -132,10 +123,10 @@ class Job:
 
     def later(self, frame, turns):
         """Return a frame as it is `turns` times `own` iterations later."""
-        data, at, number = bytearray(frame.data[:-4]), frame.payload_at, frame.connection
+        data, at, number = bytearray(frame.data), frame.payload_at, frame.connection
         if frame.credit:
             psn = frame.psn + turns * self.messages[number]
-            index_at = at + {32: 24}[len(data) - at]
+            index_at = at + {32: 24}[len(data) - 4 - at]
             index = int.from_bytes(data[index_at : index_at + 8], "little") + turns * self.messages[number]
             data[index_at : index_at + 8] = index.to_bytes(8, "little")
             address = int.from_bytes(data[at : at + 8], "little")
@@ -144,15 +135,15 @@ class Job:
             psn = frame.psn + turns * self.packets[number, frame.queue_pair]
             if frame.has_reth and (address := int.from_bytes(data[BTH + 12 : BTH + 20])):
                 data[BTH + 12 : BTH + 20] = self._moved(address, number, turns).to_bytes(8)
-            content, steps = np.frombuffer(data[at:], np.uint8).copy(), turns * self.steps[number]
+            content, steps = np.frombuffer(data[at:-4], np.uint8).copy(), turns * self.steps[number]
             if self.job.protocol == "ll":
                 content.view("<u4").reshape(-1, 4)[:, 1::2] += np.uint32(steps % 2**32)
             elif self.job.protocol == "ll128":
                 content.view("<u8").reshape(-1, 16)[:, 15] += np.uint64(steps)
-            data[at:] = content.tobytes()
+            data[at:-4] = content.tobytes()
         data[BTH + 9 : BTH + 12] = (psn % 2**24).to_bytes(3)
         moved = frame.iteration + turns * self.own
-        return Frame(with_icrc(data), number, frame.queue_pair, frame.credit, moved)
+        return Frame(mended(data), number, frame.queue_pair, frame.credit, moved)
 
     def _moved(self, address, number, turns):
         """Return a slot's address, so many turns on."""

@@ -3,14 +3,13 @@
 
 import random
 import struct
-import zlib
 
 import numpy as np
 import pytest
 
 from data_extractor.extractor import Extractor
 from packet_parser.parser import Parser
-from tests import jobs
+from tests import builders, jobs
 
 WHOLE, INCOMPLETE = 2, 3
 
@@ -33,13 +32,6 @@ def run(tmp_path, job, pieces, plan=None):
     return decided, counts, parser.counters()
 
 
-def mended(frame):
-    """Return an IPv6 frame with the ICRC that its bytes have."""
-    body = frame[14:-4]
-    masked = b"\x6f\xff\xff\xff" + body[4:7] + b"\xff" + body[8:46] + b"\xff\xff" + body[48:52] + b"\xff" + body[53:]
-    return frame[:-4] + struct.pack("<I", zlib.crc32(b"\xff" * 8 + masked))
-
-
 def holes(pieces, iteration, total=jobs.TOTAL):
     have = np.zeros(total, bool)
     for piece in pieces:
@@ -50,7 +42,7 @@ def holes(pieces, iteration, total=jobs.TOTAL):
 
 
 def test_mended_agrees_with_the_builder(job):
-    assert all(mended(piece.frame) == piece.frame for piece in job.pieces[:50])
+    assert all(builders.mended(piece.frame) == piece.frame for piece in job.pieces[:50])
 
 
 def test_an_undisturbed_job_is_whole(job, tmp_path):
@@ -113,7 +105,7 @@ def test_a_wrong_flag_is_never_placed_even_with_a_right_icrc(job, tmp_path, wher
     frame = bytearray(job.pieces[at].frame)
     offset = {"flag": 4, "second flag": 12, "last line's flag": 1024 - 4}[where]
     frame[74 + offset] ^= 1
-    pieces = [*job.pieces[:at], mended(bytes(frame)), *job.pieces[at + 1 :]]
+    pieces = [*job.pieces[:at], builders.mended(bytes(frame)), *job.pieces[at + 1 :]]
     decided, counts, _ = run(tmp_path, job, pieces)
     assert counts["unsynchronised"] >= 1 and decided[3][0] == INCOMPLETE
     assert (job.pieces[at].begin, job.pieces[at].end) in [tuple(r) for r in decided[3][2]] or decided[3][2]
@@ -124,7 +116,7 @@ def test_altered_data_is_a_conflict_with_the_copy_that_came_before(job, tmp_path
     at = final_of(job, 3, 1) + 1
     frame = bytearray(job.pieces[at].frame)
     frame[74] ^= 0x80
-    pieces = [*job.pieces[: at + 1], mended(bytes(frame)), *job.pieces[at + 1 :]]
+    pieces = [*job.pieces[: at + 1], builders.mended(bytes(frame)), *job.pieces[at + 1 :]]
     decided, counts, _ = run(tmp_path, job, pieces)
     assert counts["conflict"] == 1
     assert decided[3][:2] == (INCOMPLETE, 2)  # reason: conflict
@@ -148,7 +140,7 @@ def test_a_packet_that_contradicts_the_layout_is_never_written(job, tmp_path, fi
     frame = bytearray(job.pieces[at].frame)
     offset = {"address": 74 + 5, "length": 74 + 14, "immediate": 74, "opcode": 62, "psn": 62 + 10}[field]
     frame[offset] ^= 1 if field != "opcode" else 6 ^ 10
-    pieces = [*job.pieces[:at], mended(bytes(frame)), *job.pieces[at + 1 :]]
+    pieces = [*job.pieces[:at], builders.mended(bytes(frame)), *job.pieces[at + 1 :]]
     decided, counts, _ = run(tmp_path, job, pieces)
     assert counts["placed"] < sum(p.kind == "final" for p in job.pieces)
     assert decided[3][0] == INCOMPLETE

@@ -123,3 +123,13 @@ def run(updater, until=None, seconds=20):
         while updater._snapshots.busy:  # the job is slow enough for each snapshot that is due
             updater._look_after_snapshots(wait=True)
         assert time.monotonic() < end, updater.counters()
+
+
+def make(tmp_path, last=20, lost=(), **options):
+    """Write a directory; return it and the truth."""
+    plan = make_plan(**options)
+    truth = Truth(plan).run(last)
+    truth.save(tmp_path)
+    with open_updater(plan, Slots(plan, last, lost), tmp_path / "out", tmp_path) as updater:
+        run(updater)
+    return tmp_path / "out", truth

@@ -14,23 +14,13 @@ from flowcheck.errors import CheckpointError, ConfigError, RestoreError
 from tests.commands import flowcheck
 from tests.fixtures import directory_v1
 from tests.pipeline.recordings import same
-from tests.updater.small import Slots, Truth, make_plan, open_updater, run
+from tests.updater.small import Slots, Truth, make, make_plan, open_updater, run
 from updater.directory import Directory
 from updater.gradient import read_gradient
 from updater.listing import listing
 from updater.restore import restore, states_after
 from updater.shadow import Shadow
 from updater.verify import verify
-
-
-def make(tmp_path, last=20, lost=(), **options):
-    """Write a directory; return it and the truth."""
-    plan = make_plan(**options)
-    truth = Truth(plan).run(last)
-    truth.save(tmp_path)
-    with open_updater(plan, Slots(plan, last, lost), tmp_path / "out", tmp_path) as updater:
-        run(updater)
-    return tmp_path / "out", truth
 
 
 def states(out):

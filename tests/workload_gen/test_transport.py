@@ -2,16 +2,14 @@
 """Collectives over real frames between network namespaces: the sums of the library's schedule, whatever the cables do."""
 
 import random
-import struct
 import subprocess
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from workload_gen._nic import Nic
 
-from tests import network
+from tests import builders, network
 from tests.workload_gen.ranks import running, spoiled_cable, together
 from workload_gen.fabric import Fabric, adapter_socket
 from workload_gen.record import Recording
@@ -121,16 +119,10 @@ def test_loss_duplicates_and_reordering_change_nothing(protocol):
 
 def flipped(frame, *, mend):
     """Return a frame with one payload bit changed; `mend` computes its ICRC anew, from the definition."""
-    ip = 14
     spoilt = bytearray(frame)
-    at = ip + 20 + 8 + 12 + 16 + 42  # high in the mantissa of a float in the payload of a packet with a RETH, IPv4
+    at = 14 + 20 + 8 + 12 + 16 + 42  # high in the mantissa of a float in the payload of a packet with a RETH, IPv4
     spoilt[at] ^= 1
-    if mend:
-        covered = bytearray(b"\xff" * 8 + spoilt[ip:-4])
-        for masked in (8 + 1, 8 + 8, 8 + 10, 8 + 11, 8 + 26, 8 + 27, 8 + 32):
-            covered[masked] = 0xFF
-        spoilt[-4:] = struct.pack("<I", zlib.crc32(covered))
-    return bytes(spoilt)
+    return builders.mended(spoilt) if mend else bytes(spoilt)
 
 
 def reduce_once(rank, host, store, options):
