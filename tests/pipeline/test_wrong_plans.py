@@ -10,7 +10,7 @@ from scapy.utils import RawPcapNgReader
 
 from flowcheck.errors import ConfigError
 from flowcheck.replay import replay
-from tests.packet_parser.test_place import mended
+from tests.builders import mended
 from tests.pipeline.recordings import recorded, same, shadowed
 from tests.witness.capture import Writer
 from updater.restore import restore
