@@ -73,10 +73,10 @@ def image_of_ring(records: int) -> SimpleNamespace:
             return SimpleNamespace(path=path, memory=bytes(ring.memory), **facts)
 
 
-def image_of_slots(slots: int, gradient_bytes: int, initial_bytes: int) -> SimpleNamespace:
+def image_of_slots(slots: int, gradient_bytes: int, initial_bytes: int, edges: int) -> SimpleNamespace:
     """Return the bytes of a slot file just made, and where its slots lie."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slots"
-        rooms = {"gradient_bytes": gradient_bytes, "initial_bytes": initial_bytes}
+        rooms = {"gradient_bytes": gradient_bytes, "initial_bytes": initial_bytes, "edges": edges}
         with SlotFile.create(path, slots=slots, identity=bytes(128), **rooms) as file:
             return SimpleNamespace(memory=bytes(file.memory), initial=file.offset(0), gradients=file.offset(1))

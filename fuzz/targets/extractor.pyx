@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Input: annotated records of two rings, as commands, whatever their annotation says; the extractor fills slots by them.
 
-The first bytes: which kernel, and whether a slot's header and bitmaps begin as something else than an empty slot. Then per
-record, 24 bytes:
+The first bytes: which kernel, whether the rings are live ones, and whether a slot's header and bitmaps begin as something
+else than an empty slot. Then per record, 24 bytes:
 
     0      flags: 1 numbers are made small, so that they fit together more often   2 flags of lines are right
                   4 into the second ring   8 the updater takes what is settled   16 the extractor is polled before it
@@ -32,15 +32,17 @@ cdef enum:
     SLOTS = 3
     GRADIENT_BYTES = 2056       # no multiple of 64: the last word of a bitmap is not full
     INITIAL_BYTES = 520
-    UNITS = 257
+    WORDS = 8                   # of a bitmap
+    EDGES = 2
+    SILENCE_NS = 1000
 
 cdef void *loops[3]             # borrowed from _kept
 cdef uint32_t loop_count = 0
-cdef uint8_t *slots_image = NULL
-cdef uint64_t slots_bytes = 0
-cdef uint8_t kept_data[GRADIENT_BYTES * (SLOTS + 1)]
-cdef uint64_t kept_done[(SLOTS + 1) * 8]
+cdef uint8_t kept_data[512 * WORDS * (SLOTS + 1)]
+cdef uint64_t kept_done[(SLOTS + 1) * WORDS]
 cdef uint64_t kept_iteration[SLOTS + 1]
+cdef uint32_t kept_words[SLOTS + 1]
+cdef uint64_t now               # of a clock
 
 
 cdef inline uint64_t _number(const uint8_t *at, int bytes) noexcept nogil:
@@ -56,6 +58,11 @@ cdef inline fc_slot *_slot_at(ExtractLoop loop, uint32_t number) noexcept nogil:
     return <fc_slot *> (loop.slot_base + number * loop.header.slot_bytes)
 
 
+cdef inline uint64_t _bitmaps_bytes(const fc_slot *slot) noexcept nogil:
+    """Return how long the bitmaps of a slot are together: claimed, done, and one per edge where there are several."""
+    return (slot.done_offset - slot.claim_offset) * (2 + (EDGES if slot.edges_offset != slot.done_offset else 0))
+
+
 cdef void _reset(ExtractLoop loop) noexcept nogil:
     """Make rings and slots what they were when they were made."""
     cdef uint32_t i
@@ -66,14 +73,15 @@ cdef void _reset(ExtractLoop loop) noexcept nogil:
         memset(&loop.rings[i].state, 0, sizeof(fc_extract_state))
         memset(loop.rings[i].block, 0, 8)
         memset(loop.rings[i].block + loop.rings[i].block_bytes, 0, 8)
-        loop.rings[i].stalled_at = loop.rings[i].last_record_ns = 0
+        loop.rings[i].stalled_at = loop.rings[i].last_proof_ns = 0
     loop.header.settled_next = loop.header.consumed_next = loop.header.ended = 0
+    loop.header.skipped_from = loop.header.skipped_to = 0
     for i in range(SLOTS + 1):
         slot = _slot_at(loop, i)
         slot.iteration = ~(<uint64_t> 0)
         slot.state = slot.reason = slot.units = slot.done_units = slot.conflicts = slot.first_ns = slot.last_ns = 0
-        memset(<uint8_t *> slot + slot.claim_offset, 0, slot.done_offset - slot.claim_offset)
-        memset(<uint8_t *> slot + slot.done_offset, 0, slot.done_offset - slot.claim_offset)
+        memset(slot.source_bytes, 0, sizeof(slot.source_bytes))
+        memset(<uint8_t *> slot + slot.claim_offset, 0, _bitmaps_bytes(slot))
 
 
 cdef void _fence(ExtractLoop loop) noexcept nogil:
@@ -81,75 +89,111 @@ cdef void _fence(ExtractLoop loop) noexcept nogil:
     cdef uint32_t i
     cdef fc_slot *slot
     cdef uint8_t *begin
-    cdef uint64_t bitmap, room
+    cdef uint64_t bitmaps, room
     for i in range(SLOTS + 1):
         slot = _slot_at(loop, i)
         begin = <uint8_t *> slot
-        bitmap = slot.done_offset - slot.claim_offset
+        bitmaps = slot.claim_offset + _bitmaps_bytes(slot)
         fuzz_forbid(begin + sizeof(fc_slot), slot.claim_offset - sizeof(fc_slot))
-        fuzz_forbid(begin + slot.done_offset + bitmap, slot.data_offset - slot.done_offset - bitmap)
+        fuzz_forbid(begin + bitmaps, slot.data_offset - bitmaps)
         room = loop.header.slot_bytes if i < SLOTS else <uint64_t> (loop.slot_base - loop.initial)
         fuzz_forbid(begin + slot.data_offset + slot.data_bytes, room - slot.data_offset - slot.data_bytes)
 
 
 cdef void _keep(ExtractLoop loop) noexcept nogil:
+    """Keep what is done of the slots, in pieces that stand for a word of the bitmap."""
     cdef uint32_t i, word
-    cdef uint64_t some
     cdef fc_slot *slot
+    cdef uint8_t *data
     for i in range(SLOTS + 1):
         slot = _slot_at(loop, i)
-        some = 0
         kept_iteration[i] = slot.iteration
-        memcpy(kept_done + 8 * i, <uint8_t *> slot + slot.done_offset, 8 * ((slot.units + 63) // 64))
-        for word in range((slot.units + 63) // 64):
-            some |= kept_done[8 * i + word]
-        if some:
-            memcpy(kept_data + GRADIENT_BYTES * i, <uint8_t *> slot + slot.data_offset, slot.data_bytes)
+        kept_words[i] = <uint32_t> ((slot.units + 63) // 64)
+        memcpy(kept_done + WORDS * i, <uint8_t *> slot + slot.done_offset, 8 * kept_words[i])
+        for word in range(kept_words[i]):
+            if kept_done[WORDS * i + word]:
+                data = <uint8_t *> slot + slot.data_offset + 512 * word
+                memcpy(kept_data + 512 * (WORDS * i + word), data, _piece(slot, word))
+
+
+cdef inline uint32_t _piece(const fc_slot *slot, uint32_t word) noexcept nogil:
+    """Return how many bytes of a slot's data a word of its bitmaps stands for."""
+    return 512 if 512 * (word + 1) <= slot.data_bytes else <uint32_t> (slot.data_bytes - 512 * word)
+
+
+cdef bint _unchanged(const uint8_t *data, const uint8_t *kept, uint64_t done, uint32_t bytes) noexcept nogil:
+    """Whether the units of a piece that were done are what they were."""
+    cdef uint32_t at
+    if memcmp(data, kept, bytes) == 0:
+        return True
+    for at in range(0, bytes, 8):
+        if done >> (at // 8) & 1 and memcmp(data + at, kept + at, 8 if at + 8 <= bytes else bytes - at):
+            return False
+    return True
 
 
 cdef void _compare(ExtractLoop loop, bint consistent) noexcept nogil:
     """Hold the slots against what they were before a poll."""
-    cdef uint32_t i, unit, word, bytes
-    cdef uint64_t counted, old
+    cdef uint32_t i, edge, word, words
+    cdef uint64_t counted
     cdef fc_slot *slot
     cdef uint64_t *claim
     cdef uint64_t *done
-    cdef uint8_t *data
+    cdef uint64_t *edges
     for i in range(SLOTS + 1):
         slot = _slot_at(loop, i)
         claim, done = <uint64_t *> (<uint8_t *> slot + slot.claim_offset), <uint64_t *> (<uint8_t *> slot + slot.done_offset)
-        data = <uint8_t *> slot + slot.data_offset
+        edges = <uint64_t *> (<uint8_t *> slot + slot.edges_offset)
+        words = <uint32_t> ((slot.units + 63) // 64)
         fuzz_claim(8 * slot.units <= slot.data_bytes + 7, "units lie in their slot", slot.units)
-        counted = 0
-        for unit in range((slot.units + 63) // 64):
-            counted += FC_POPCOUNT(done[unit])
-            if consistent:
-                fuzz_claim(claim[unit] == done[unit], "after a poll nothing is only claimed", unit)
         if consistent:
+            counted = 0
+            for word in range(words):
+                counted += FC_POPCOUNT(done[word])
+                fuzz_claim(claim[word] == done[word], "after a poll nothing is only claimed", word)
+                for edge in range(EDGES if edges != done else 0):
+                    fuzz_claim(edges[edge * WORDS + word] & ~done[word] == 0, "what an edge brought is done", word)
             fuzz_claim(counted == slot.done_units, "done units are counted", counted)
-        if slot.state == FC_SLOT_WHOLE and consistent:
-            fuzz_claim(slot.done_units == slot.units and slot.conflicts == 0, "whole is whole", slot.done_units)
         if slot.iteration != kept_iteration[i]:
             continue
-        for word in range((slot.units + 63) // 64):
-            old = kept_done[8 * i + word]
-            fuzz_claim(old & ~done[word] == 0, "done stays done", word)
-            unit = 64 * word
-            while old and unit < slot.units:
-                if old & 1:
-                    bytes = 8 if 8 * unit + 8 <= slot.data_bytes else <uint32_t> (slot.data_bytes - 8 * unit)
-                    fuzz_claim(memcmp(data + 8 * unit, kept_data + GRADIENT_BYTES * i + 8 * unit, bytes) == 0,
-                               "bytes that are done stay as they are", unit)
-                old >>= 1
-                unit += 1
+        for word in range(kept_words[i]):
+            counted = kept_done[WORDS * i + word]
+            fuzz_claim(counted & ~done[word] == 0, "done stays done", word)
+            if counted:
+                fuzz_claim(_unchanged(<uint8_t *> slot + slot.data_offset + 512 * word, kept_data + 512 * (WORDS * i + word),
+                                      counted, _piece(slot, word)), "bytes that are done stay as they are", word)
+
+
+cdef void _check_settled(ExtractLoop loop, uint64_t first, uint64_t last) noexcept nogil:
+    """Hold what the slots of just settled iterations, from the first to before the last, say against what they have."""
+    cdef uint64_t counted, bytes
+    cdef uint32_t i, piece
+    cdef fc_slot *slot
+    cdef revision_view *view
+    for i in range(SLOTS + 1):
+        slot = _slot_at(loop, i)
+        if not first <= slot.iteration < last or i != ((slot.iteration - 1) % SLOTS if slot.iteration else SLOTS):
+            continue
+        fuzz_claim((slot.state == FC_SLOT_WHOLE) == (slot.done_units == slot.units and slot.conflicts == 0),
+                   "whole is whole", slot.done_units)
+        fuzz_claim((slot.state == FC_SLOT_INCOMPLETE) == (slot.reason != FC_REASON_NONE), "what is not has a reason", slot.reason)
+        if slot.iteration == 0:
+            continue
+        view = loop._view(slot.iteration)
+        counted, bytes = slot.source_bytes[0] + slot.source_bytes[1] + slot.source_bytes[2] + slot.source_bytes[3], 0
+        for piece in range(view.first_piece, view.first_piece + view.buckets):
+            bytes += 8 * (loop.pieces[piece][1] - loop.pieces[piece][0]) - loop.pieces[piece][2]
+        fuzz_claim(counted == bytes and slot.source_bytes[3] == 0, "every byte came over so many of two edges", counted)
 
 
 cdef void _poll(ExtractLoop loop, bint consistent) noexcept nogil:
+    global now
     cdef uint32_t i, verdict
     cdef uint64_t counted, settled = loop.header.settled_next
     _keep(loop)
+    now += SILENCE_NS // 2
     for i in range(2):
-        loop._burst(&loop.rings[i])
+        loop._burst(&loop.rings[i], now)
         counted = 0
         for verdict in range(16):
             counted += loop.rings[i].state.counters[verdict]
@@ -157,9 +201,12 @@ cdef void _poll(ExtractLoop loop, bint consistent) noexcept nogil:
         fuzz_claim(loop.rings[i].header.extracted == loop.rings[i].state.extracted <= loop.rings[i].header.parsed,
                    "cursors", loop.rings[i].state.extracted)
     _compare(loop, consistent)
-    loop._settle(1)
+    loop._settle(now)
     fuzz_claim(loop.header.settled_next >= settled, "settled stays settled", loop.header.settled_next)
-    fuzz_claim(loop.header.settled_next <= settled + SLOTS + 1, "no more is settled than there are slots", loop.header.settled_next)
+    fuzz_claim(loop.header.settled_next <= settled + SLOTS + 1 + loop.header.skipped_to - loop.header.skipped_from,
+               "no more is settled than there are slots, and skipped", loop.header.settled_next)
+    # Those that were skipped have no slot.
+    _check_settled(loop, loop.header.skipped_to if settled < loop.header.skipped_to else settled, loop.header.settled_next)
 
 
 cdef void _command(ExtractLoop loop, const uint8_t *command) noexcept nogil:
@@ -185,7 +232,10 @@ cdef void _command(ExtractLoop loop, const uint8_t *command) noexcept nogil:
     if flags & 128:
         record.message_bytes |= record.wire_offset << 16
         record.destination |= record.destination << 32
-        record.iteration |= <uint32_t> command[23] << 24
+        # So far that many are skipped at once; or as far as can be, which no packet shows to be begun: skipping takes long.
+        record.iteration |= <uint32_t> command[23] << 3
+        if command[23] == 255:
+            record.iteration, record.settled_lag = ~record.iteration, 0
     if flags & 1:
         record.verdict &= 3
         record.verdict = FC_STEP_RECORD if record.verdict == 1 else FC_INITIAL_STATE if record.verdict == 2 else FC_PLACED
@@ -222,12 +272,16 @@ cdef void _command(ExtractLoop loop, const uint8_t *command) noexcept nogil:
 
 
 cdef void _run(ExtractLoop loop, const uint8_t *data, size_t size) noexcept nogil:
+    global now
     cdef uint32_t i, at
     cdef bint consistent = True
     cdef fc_slot *slot
     cdef uint64_t *claim
     cdef uint64_t *done
     _reset(loop)
+    now = 1
+    for i in range(2):
+        loop.rings[i].header.live = data[0] & 192 == 128
     if data[0] & 64 and size > 16:  # a slot as it may lie in a file; where its parts are was checked when it was opened
         slot = _slot_at(loop, data[1] & 3)
         slot.iteration, slot.state, slot.units = data[2], data[3], data[4] % ((slot.data_bytes + 15) // 8)
@@ -280,14 +334,15 @@ cdef _make():
     global loop_count
     cdef ExtractLoop loop
     kept = []
-    revisions = [(1, [(0, 1000), (1024, GRADIENT_BYTES)], 0b1111), (5, [(0, GRADIENT_BYTES)], 0b0111)]
-    slots = fixture.image_of_slots(SLOTS, GRADIENT_BYTES, INITIAL_BYTES)
+    revisions = [(1, [(0, 1000), (1024, GRADIENT_BYTES)], 1, 0b1111), (5, [(0, GRADIENT_BYTES)], 1, 0b0111)]
+    edges = [connection % EDGES for connection in range(4)]
+    slots = fixture.image_of_slots(SLOTS, GRADIENT_BYTES, INITIAL_BYTES, EDGES)
     ring = fixture.image_of_ring(RECORDS)
     for kernel in ("scalar", "avx2", "avx512"):
         try:
             loop = ExtractLoop(
                 [ring, ring], [_copied(ring.memory), _copied(ring.memory)], [0b1111, 0b0110], _copied(slots.memory), slots.initial,
-                slots.gradients, revisions, [(0, INITIAL_BYTES)], 0b0001, 1000, CopyEngine(), kernel)
+                slots.gradients, revisions, [(0, INITIAL_BYTES)], 0b0001, edges, SILENCE_NS, CopyEngine(), kernel)
         except ValueError:
             continue  # not on this processor
         _fence(loop)

@@ -178,6 +178,7 @@ cdef void _poll(RingParser parser, uint64_t written) noexcept nogil:
     cdef fc_wire wire
     cdef const uint8_t *data
     FC_STORE_RELEASE(&parser.header.written, written)
+    parser.ended = parser.header.ended != 0
     while parser.state.counts.parsed != written and parser._burst(written):
         pass
     fuzz_claim(parser.header.parsed == parser.state.counts.parsed <= written, "cursors", parser.header.parsed)
