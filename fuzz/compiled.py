@@ -26,15 +26,17 @@ class Compiled:
     """One target: functions whose edges guide it and are counted (patterns), bytes of the longest input, and speed.
 
     `compares`: comparisons guide it as well; an input that is made of fields gets on without, at twice the speed.
+    `inlines`: False where the target itself calls small functions: their edges count only while they are functions.
     """
 
     functions: tuple[str, ...]
     longest: int
     compares: bool = True
+    inlines: bool = True
 
 
 COMPILED = {
-    "decode": Compiled(("*fc_*",), 512),
+    "decode": Compiled(("*fc_*",), 512, inlines=False),
     "parser": Compiled(
         (
             "*fc_*",
@@ -71,7 +73,7 @@ COMPILED = {
     ),
     "collect": Compiled(("*fc_*", "*Collector_*", "*gather*"), 192, compares=False),
     "capture": Compiled(("*fc_*", "*scan*", "*Frames_*"), 2048),
-    "kernels": Compiled(("*fc_ll*",), 2064),
+    "kernels": Compiled(("*fc_ll_scalar", "*fc_ll_avx*", "*fc_ll128*"), 16 + 8 * 128, compares=False, inlines=False),
 }  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def build(name: str, compiler: str, sanitizers: str = ",address,undefined") -> P
     command = [
         compiler, "-O2", "-g1", "-w", f"-fsanitize=fuzzer{sanitizers}", "-fno-sanitize-recover=undefined",
         f"-fsanitize-coverage-allowlist={allowed}", f"-fsanitize-ignorelist={ignored}",
-        *([] if target.compares else ["-fno-sanitize-coverage=trace-cmp"]),
+        *([] if target.compares else ["-fno-sanitize-coverage=trace-cmp"]), *([] if target.inlines else ["-fno-inline"]),
         f"-DFUZZ_MODULE={name}", f'-DFUZZ_PYTHON="{sys.executable}"',
         *_pkg_config("--cflags"), f"-I{ROOT}", f"-I{ROOT}/data_extractor", f"-I{ROOT}/fuzz/targets", f"-I{BUILD}",
         f"-I{sysconfig.get_path('include')}", translated, "-o", program,
