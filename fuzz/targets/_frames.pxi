@@ -12,6 +12,7 @@ cdef extern from "_target.h" nogil:
     void fuzz_claim(bint holds, const char *what, long long number)
     void fuzz_forbid(const void *begin, size_t bytes)
     void fuzz_allow(const void *begin, size_t bytes)
+    uint8_t *fuzz_exactly(uint32_t room, size_t bytes)
 
 cdef struct input_view:
     const uint8_t *data

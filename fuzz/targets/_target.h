@@ -29,6 +29,23 @@ static inline void fuzz_claim(int holds, const char *what, long long number) {
 static inline void fuzz_forbid(const void *begin, size_t bytes) { ASAN_POISON_MEMORY_REGION(begin, bytes); }
 static inline void fuzz_allow(const void *begin, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(begin, bytes); }
 
+enum { FUZZ_ROOMS = 3, FUZZ_ROOM_BYTES = 1 << 16, FUZZ_ROOM_EDGE = 1 << 10 };
+
+/* Memory of exactly so many bytes, up to 63 KiB, in one of the rooms; what was there is lost. Nobody may touch what lies
+ * around it. Much faster than to allocate it, which puts as much in front of the sanitizer. */
+static inline uint8_t *fuzz_exactly(uint32_t room, size_t bytes) {
+    static uint8_t rooms[FUZZ_ROOMS][FUZZ_ROOM_BYTES] __attribute__((aligned(64)));
+    static size_t allowed[FUZZ_ROOMS];
+    static int fenced;
+    uint8_t *begin = rooms[room] + FUZZ_ROOM_EDGE;
+    if (!fenced) fuzz_forbid(rooms, sizeof(rooms)), fenced = 1;
+    if (bytes > FUZZ_ROOM_BYTES - FUZZ_ROOM_EDGE) abort();
+    if (bytes > allowed[room]) fuzz_allow(begin, bytes);
+    if (bytes < allowed[room]) fuzz_forbid(begin + bytes, allowed[room] - bytes);
+    allowed[room] = bytes;
+    return begin;
+}
+
 PyMODINIT_FUNC FUZZ_INIT(FUZZ_MODULE)(void);
 
 static void fuzz_give_up(const char *what) {

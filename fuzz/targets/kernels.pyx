@@ -5,14 +5,19 @@ Source and target lie in memory that ends, and begins, where nobody may read or 
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from data_extractor._lines cimport fc_ll128_run, fc_ll128_runs, fc_ll128_strip, fc_ll_kernel, fc_ll_strip
 
 cdef extern from "_target.h" nogil:
     void fuzz_claim(bint holds, const char *what, long long number)
+    uint8_t *fuzz_exactly(uint32_t room, size_t bytes)
 
+cdef enum:
+    SOURCE = 0                  # rooms: of the lines
+    STRIPPED = 1                # of what a kernel makes of them
+
+cdef uint8_t expected[1 << 16]
 cdef fc_ll_strip kernels[3]
 kernels[0], kernels[1], kernels[2] = fc_ll_kernel(b"scalar"), fc_ll_kernel(b"avx2"), fc_ll_kernel(b"avx512")
 
@@ -20,8 +25,7 @@ kernels[0], kernels[1], kernels[2] = fc_ll_kernel(b"scalar"), fc_ll_kernel(b"avx
 cdef void _ll(const uint8_t *data, uint32_t lines, uint32_t flag) noexcept nogil:
     cdef uint32_t i, number
     cdef bint right = True
-    cdef uint8_t *expected = <uint8_t *> malloc(8 * lines + 1)
-    cdef uint8_t *out
+    cdef uint8_t *out = fuzz_exactly(STRIPPED, 8 * lines)
     for i in range(lines):
         memcpy(expected + 8 * i, data + 16 * i, 4)
         memcpy(expected + 8 * i + 4, data + 16 * i + 8, 4)
@@ -29,12 +33,10 @@ cdef void _ll(const uint8_t *data, uint32_t lines, uint32_t flag) noexcept nogil
     for number in range(3):
         if kernels[number] == NULL:
             continue
-        out = <uint8_t *> malloc(8 * lines)
+        memset(out, 0xA5, 8 * lines)
         fuzz_claim((kernels[number](out, data, lines, flag) != 0) == right, "flags are judged alike by kernel", number)
         if lines:
             fuzz_claim(memcmp(out, expected, 8 * lines) == 0, "data is stripped alike by kernel", number)
-        free(out)
-    free(expected)
 
 
 cdef void _ll128(const uint8_t *data, uint32_t lines, uint32_t line, uint64_t flag, uint32_t cut) noexcept nogil:
@@ -44,7 +46,6 @@ cdef void _ll128(const uint8_t *data, uint32_t lines, uint32_t line, uint64_t fl
     cdef uint32_t i, run, count, brought = 0
     cdef bint right = True
     cdef uint8_t *out
-    cdef uint8_t *expected
     for i in range(lines):
         count = fc_ll128_runs(line + i, runs)
         fuzz_claim(1 <= count <= 2, "one or two runs", count)
@@ -59,7 +60,7 @@ cdef void _ll128(const uint8_t *data, uint32_t lines, uint32_t line, uint64_t fl
     fuzz_claim(high - low <= 240 * ((lines + 14) // 16 + 1), "close together", high - low)
     bytes = 8 * (high - low)
     bytes = bytes - cut % bytes
-    out, expected = <uint8_t *> malloc(bytes), <uint8_t *> malloc(8 * (high - low))
+    out = fuzz_exactly(STRIPPED, bytes)
     memset(out, 0xA5, bytes)
     memset(expected, 0xA5, 8 * (high - low))
     # Word by word, as the header of the kernel says where they belong.
@@ -72,8 +73,6 @@ cdef void _ll128(const uint8_t *data, uint32_t lines, uint32_t line, uint64_t fl
                 at += 8
     fuzz_claim((fc_ll128_strip(out, data, line, lines, flag, low, bytes) != 0) == right, "flags are judged alike", lines)
     fuzz_claim(memcmp(out, expected, bytes) == 0, "words are put where they belong", lines)
-    free(out)
-    free(expected)
 
 
 cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcept nogil:
@@ -86,7 +85,7 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
     flag = <uint32_t> flag128
     if data[8] & 1:
         lines = <uint32_t> ((size - 16) // 16)
-        source = <uint8_t *> malloc(16 * lines)
+        source = fuzz_exactly(SOURCE, 16 * lines)
         memcpy(source, data + 16, 16 * lines)
         if data[8] & 2:  # right flags, and one that is not
             for line in range(lines):
@@ -98,7 +97,7 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
     else:
         lines = <uint32_t> ((size - 16) // 128)
         memcpy(&line, data + 12, 4)
-        source = <uint8_t *> malloc(128 * lines)
+        source = fuzz_exactly(SOURCE, 128 * lines)
         memcpy(source, data + 16, 128 * lines)
         if data[8] & 2:
             for line in range(lines):
@@ -107,5 +106,4 @@ cdef public int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) noexcep
                 source[128 * (data[9] % lines) + 120 + data[10] % 8] ^= data[11]
             memcpy(&line, data + 12, 4)
         _ll128(source, lines, line >> 8, flag128, (line & 0xFF) * 9 if data[8] & 8 else 0)
-    free(source)
     return 0
