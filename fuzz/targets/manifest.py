@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcheck.errors import CheckpointError
-from fuzz.targets.plan import _VALUES, _places
+from fuzz.documents import Document, value
 from updater.manifest import Manifest
 
 __all__ = ["one", "seeds"]
@@ -48,6 +48,11 @@ def _first_version() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@cache
+def _documents() -> tuple[Document, Document]:
+    return Document(_document()), Document(_first_version())
+
+
 def _sealed(document: dict[str, Any]) -> bytes:
     return _encoded({**document, "digest": hashlib.sha256(_encoded(document)).hexdigest()})
 
@@ -58,16 +63,17 @@ def one(data: bytes) -> None:
         return
     forged = data[:1] != b"{"
     if forged:
-        document = _first_version() if data[0] & 1 else _document()
+        made = _documents()[data[0] & 1]
+        document = made.fresh()
         for at in range(1, len(data) - 2, 3):
-            places = _places(document, [])
-            if not places:
-                break
-            container, key = places[data[at] % len(places)]
+            place = made.place(document, data[at])
+            if place is None:
+                continue
+            container, key = place
             if data[at + 1] % 4 == 0:
                 del container[key]
             else:
-                container[key] = _VALUES[data[at + 2] % len(_VALUES)]
+                container[key] = value(data[at + 2])
         data = _sealed(document)
     (_folder() / "manifest.json").write_bytes(data)
     try:
