@@ -48,7 +48,7 @@ COMPILED = {
                 )
             ),
         ),
-        256,
+        160,
         compares=False,
     ),
     "extractor": Compiled(
@@ -63,15 +63,15 @@ COMPILED = {
                 )
             ),
         ),
-        16 + 12 * 24,
+        16 + 9 * 24,
         compares=False,
     ),
     "inspect": Compiled(
         ("*fc_*", *(f"*Scan__{name}" for name in ("frame", "find", "request", "advance", "message", "shape", "close"))),
-        256,
+        128,
         compares=False,
     ),
-    "collect": Compiled(("*fc_*", "*Collector_*", "*gather*"), 192, compares=False),
+    "collect": Compiled(("*fc_*", "*Collector_*", "*gather*"), 96, compares=False),
     "capture": Compiled(("*fc_*", "*scan*", "*Frames_*"), 2048),
     "kernels": Compiled(("*fc_ll_scalar", "*fc_ll_avx*", "*fc_ll128*"), 16 + 8 * 128, compares=False, inlines=False),
 }  # fmt: skip
