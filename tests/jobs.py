@@ -19,7 +19,7 @@ from scapy.utils import RawPcapNgReader
 from data_extractor.extractor import Extractor
 from flowcheck import _atomics
 from flowcheck import plan as plans
-from flowcheck.formats import RING_HEADER, SLOT
+from flowcheck.formats import RECORD, RING_HEADER, SLOT
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
 from packet_parser.parser import Parser
@@ -104,17 +104,21 @@ def ring_of(folder, plan, frames, stream="host0", records=None):
     state = np.array([len(frames), 0, 0, 0, 0], "<u8").tobytes()
     at = int(header["dump_state_offset"][0])
     ring.memory[at : at + 8 + len(state)] = (1).to_bytes(8, "little") + state
-    for number, frame in enumerate(frames):
-        record = ring.record(number)
-        record["frame_length"] = len(frame)
-        record["stored_length"] = min(len(frame), room)
-        record["sequence"] = number
-        record["timestamp_ns"] = 10**18 + number
-        begin = ring.header_bytes + number * ring.record_bytes + 64
+    records = headers(ring)[: len(frames)]
+    records["frame_length"] = [len(frame) for frame in frames]
+    records["stored_length"] = np.minimum(records["frame_length"], room)
+    records["sequence"] = np.arange(len(frames))
+    records["timestamp_ns"] = 10**18 + np.arange(len(frames))
+    for begin, frame in zip(range(ring.header_bytes + 64, len(ring.memory), ring.record_bytes), frames, strict=False):
         ring.memory[begin : begin + min(len(frame), room)] = frame[:room]
     publish(ring, "written", len(frames))
     publish(ring, "ended", 1)
     return ring
+
+
+def headers(ring):
+    """Return the headers of all records of a ring, as a view: records of dtype RECORD."""
+    return np.ndarray(ring.records, RECORD, ring.memory, ring.header_bytes, ring.record_bytes)
 
 
 def publish(ring, cursor, value):
