@@ -320,7 +320,10 @@ def lossy(seed):
     return job, frames[chance.choice([0, 0, len(job.frames) // 3]) :]
 
 
-@pytest.mark.parametrize("first", [0, 20, 60, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "first",
+    [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 20)), pytest.param(1000, marks=pytest.mark.nightly)],
+)
 def test_of_a_bad_mirror_nothing_wrong_is_learned(first):
     """Loss is refused by name, or made good; what is learned is right."""
     learned = 0

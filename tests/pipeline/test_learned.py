@@ -69,7 +69,7 @@ def frames(path):
 
 
 @pytest.mark.parametrize("protocol", ["ll", "ll128", "simple"])
-@pytest.mark.parametrize(("channels", "queue_pairs"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("channels", "queue_pairs"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_hooked_job_by_a_learned_layout(tmp_path, protocol, channels, queue_pairs):
     links = (0, 2)
     noted = hooked.run(

@@ -95,9 +95,9 @@ class Stages:
     "name",
     [
         "ll-1ch-5000f-20iter-bothways-mtu4096",
-        "ll-1ch-5000f-20iter-oneway-mtu1024",
-        "ll-1ch-10000f-1iter-bothways-mtu1024",
-        "ll-2ch-5000f-bothways-with-p2p-mtu1024",
+        pytest.param("ll-1ch-5000f-20iter-oneway-mtu1024", marks=pytest.mark.slow),
+        pytest.param("ll-1ch-10000f-1iter-bothways-mtu1024", marks=pytest.mark.slow),
+        pytest.param("ll-2ch-5000f-bothways-with-p2p-mtu1024", marks=pytest.mark.slow),
         "ll-2ch-adaptive-routing-mtu1024",
     ],
 )
