@@ -269,12 +269,11 @@ def _status_line(report: dict[str, Any]) -> str:
     volatile = f"VOLATILE from {report['volatile'][0]} on, " if report["volatile"] else ""
     waiting = ""
     if report["waiting"]:
-        lost = (
-            f" since {report['lost'][-1]['iteration']} was lost ({report['lost'][-1]['reason']})"
-            if report["lost"]
-            else ""
-        )
-        waiting = "WAITING {} to {} for a base{}, ".format(*report["waiting"], lost)
+        first, last = report["waiting"]
+        # Of many losses only the newest are in the report.
+        cause = [row for row in report["lost"] if row["iteration"] < first][-1:]
+        since = "".join(f" since {row['iteration']} was lost ({row['reason']})" for row in cause)
+        waiting = f"WAITING {first} to {last} for a base{since}, "
     return (
         f"{volatile}committed {report['last_committed']}, lag {report['lag']}, incomplete {report['incomplete']}, {waiting}"
         f"received {packets['received']}, lost {lost}, streams "

@@ -320,6 +320,11 @@ cdef inline bint fc_fresh(const fc_data_flow *flow, uint64_t then, uint64_t now)
 cdef inline bint fc_is_near(uint64_t message, uint64_t other) noexcept nogil:
     return -FC_CREDIT_NEAR <= <int64_t> (message - other) <= FC_CREDIT_NEAR
 
+cdef inline bint fc_is_round_again(const fc_data_flow *flow, const fc_sync *sync, uint64_t message) noexcept nogil:
+    """Whether a credit's message is so far away that a flow of LL may have its place by a flag that has come round."""
+    cdef int64_t away = <int64_t> (message - sync.message)
+    return flow.encoding == FC_ENCODING_LL and not -FC_STEPS_NEAR < away < FC_STEPS_NEAR
+
 cdef inline void fc_note_credit(fc_data_flow *flow, fc_sync *sync, uint64_t message, uint64_t now) noexcept nogil:
     """Take the message number of a credit as where the connection is now.
 
@@ -331,7 +336,7 @@ cdef inline void fc_note_credit(fc_data_flow *flow, fc_sync *sync, uint64_t mess
             if not sync.doubtful or not fc_is_near(message, sync.credit_far):
                 sync.credit_far = message
                 sync.doubtful = True
-                if flow.encoding == FC_ENCODING_PLAIN:
+                if flow.encoding == FC_ENCODING_PLAIN or fc_is_round_again(flow, sync, message):
                     sync.synchronised = False
                 return
         elif message <= sync.credit_message:
@@ -339,7 +344,8 @@ cdef inline void fc_note_credit(fc_data_flow *flow, fc_sync *sync, uint64_t mess
     sync.credit_message = message
     sync.credit_ns = now
     sync.doubtful = False
-    if flow.encoding == FC_ENCODING_PLAIN and not fc_is_near(message, sync.message):
+    if fc_is_round_again(flow, sync, message) or (
+            flow.encoding == FC_ENCODING_PLAIN and not fc_is_near(message, sync.message)):
         sync.synchronised = False
 
 cdef inline void fc_lose_time(fc_data_flow *flow, fc_sync *sync) noexcept nogil:

@@ -129,8 +129,8 @@ def slots_of(folder, plan):
     return SlotFile.for_plan(folder / "slots", plan)
 
 
-def drain(stages, slots, until=100_000):
-    """Poll stages until the extractor is finished, taking iterations as the updater would; return what was decided.
+def drain(stages, slots, until=100_000, over=None):
+    """Poll stages until the extractor is finished, or `over()`, taking iterations as the updater would; return what was decided.
 
     Each entry: iteration -> (state, reason, missing slot ranges, slot bytes).
     """
@@ -152,7 +152,7 @@ def drain(stages, slots, until=100_000):
                 slots.gradient(number).tobytes(),
             )
             slots.consumed_next = number + 1
-        if stages[-1].finished:
+        if over() if over else stages[-1].finished:
             return decided
     raise AssertionError("the stages do not finish")
 

@@ -3,6 +3,7 @@
 
 import json
 
+from flowcheck.tables import live_status
 from tests.commands import flowcheck
 from tests.updater.small import make
 
@@ -21,7 +22,7 @@ def test_nothing_lost_nothing_waits(tmp_path):
     assert "LOST" not in said and "WAITING" not in said
 
 
-def test_what_is_lost_and_what_waits_is_said_until_a_base_comes(tmp_path):
+def test_what_is_lost_and_what_waits_is_said_until_a_base_comes(tmp_path, capsys):
     out, truth = make(tmp_path, LAST, (5, 9))
     report = status(out)
     assert report["last_committed"] == 4 and report["incomplete"] == 2 and report["waiting"] == [6, LAST]
@@ -31,6 +32,10 @@ def test_what_is_lost_and_what_waits_is_said_until_a_base_comes(tmp_path):
     ]
     said = " ".join(flowcheck("status", out).split())
     assert "LOST: iteration 5, reason missing: missing bytes 8-24" in said
+    with live_status(0) as (show, _):
+        show(report)
+    line = f"WAITING 6 to {LAST} for a base since 5 was lost (missing), received 0, lost 0, streams"
+    assert line in capsys.readouterr().err
     assert f"WAITING: iterations 6 to {LAST}" in said and "full state of iteration 5 or later: flowcheck rebase" in said
 
     truth.save(tmp_path / "states", 9)

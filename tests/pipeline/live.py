@@ -41,10 +41,12 @@ class LiveJob:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, problem, *_):
         for process in self._processes:
             process.kill()
-            process.communicate()
+            said = process.communicate()
+            if problem:  # pytest shows it
+                print(*process.args[2:5], *said, sep="\n")
         shutil.rmtree(scratch_folder(self.out), ignore_errors=True)
         self._stack.close()
 

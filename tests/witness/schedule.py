@@ -51,7 +51,7 @@ def up(a, b):
 
 
 def resources(job, nbytes):
-    """Return (channels, threads) of an operation; for Simple without the warp that is added for it."""
+    """Return (channels, threads) of an operation; for Simple without the warp that is added for it. With it they are 96 at least."""
     channels = job.channels
     threads = job.threads or (640 if job.protocol == "ll128" else 512)
     least = {"ll": 8 * job.ranks, "ll128": 8, "simple": 64}[job.protocol]
@@ -62,7 +62,7 @@ def resources(job, nbytes):
             threads //= 2
         else:
             break
-    return channels, threads
+    return channels, max(threads, 64 if job.protocol == "simple" else 96)
 
 
 def parts(job, nbytes, count, width, factor):
