@@ -63,6 +63,8 @@ class Case:
         lied: iterations of which something lies with an ICRC that fits, beside those of the frames that do.
         volatile: iterations may be volatile.
         refused_first: called with the capture files; they must be refused then, and taken when they are written anew.
+        later: (first, by): iterations from `first` on are shown as those `by` later, and nothing is of what lies between.
+        kills: the stages are processes of their own, so many of which are killed; None: this process polls them.
     """
 
     job: Job
@@ -77,6 +79,8 @@ class Case:
     lied: set[int] = field(default_factory=set)
     volatile: bool = False
     refused_first: Callable[[dict[str, Path]], None] | None = None
+    later: tuple[int, int] = (0, 0)
+    kills: int | None = None
 
     @classmethod
     def of(cls, job: Job, rng: random.Random) -> Case:
@@ -92,6 +96,11 @@ class Case:
     def iteration(self, one: Shown) -> int:
         """Return the iteration of a frame, -1 if it is no data packet of the job."""
         return self.job.links[one.link].iteration[one.index] if one.index >= 0 else -1
+
+    def shown_as(self, iteration: int) -> int:
+        """Return the number under which an iteration of the job is shown."""
+        first, by = self.later
+        return iteration + by if iteration >= first else iteration
 
     def begin(self, name: str, iteration: int) -> int:
         """Return where in a stream the first data packet of an iteration, or of a later one, is; its length if none is."""

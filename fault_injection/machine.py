@@ -61,6 +61,12 @@ def kill_updater(case: Case) -> None:
     case.script = _Kills(case.rng, "update", 5)
 
 
+@kind("killed-processes", share=0.1)
+def killed_processes(case: Case) -> None:
+    """Kill stages that are processes of their own."""
+    case.kills = case.rng.randint(3, 8)
+
+
 class _Dying(durable.Disk):
     """A disk at whose n-th operation the process dies, before or after it; again and again, so many times."""
 

@@ -11,6 +11,7 @@ from fault_injection.campaign import run_case, run_loss
 from fault_injection.case import Case
 from fault_injection.chain import Chain, Script
 from fault_injection.frames import write_capture
+from fault_injection.jobs import OUTAGE_JOBS, record_job
 from fault_injection.judge import judge
 from fault_injection.kinds import load
 from fault_injection.page import render
@@ -25,6 +26,26 @@ def test_promises_are_kept(job, name):
         found = run_case(7, name, number, [job.folder])
         assert found["problems"] == []
         assert found["iterations"] == 8
+
+
+@pytest.fixture(scope="module")
+def outage_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recordings")
+    return [record_job(name, folder, 12, 1) for name in OUTAGE_JOBS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long-outage", "restarted-equal-numbers"])
+def test_promises_are_kept_where_numbers_come_again(outage_folders, name):
+    found = [run_case(7, name, number, outage_folders) for number in range(6)]
+    assert [one["problems"] for one in found] == [[]] * 6
+    assert all(one["committed"] >= 2 and one["committed"] + one["waiting"] >= 6 for one in found)
+
+
+@pytest.mark.slow
+def test_stages_that_are_processes_are_killed(job):
+    found = run_case(7, "killed-processes", 0, [job.folder])
+    assert found["problems"] == [] and found["committed"] == 8
 
 
 def test_a_case_of_the_loss_experiment_counts_what_is_incomplete(job):
