@@ -26,9 +26,10 @@ __all__ = ["JOBS", "OUTAGE_JOBS", "Iteration", "Job", "Link", "record_job"]
 
 UNIT = 8
 
-#: Options of `workload_gen.record.Recording` by name; small models, so that many iterations fit in a second.
+#: Options of `workload_gen.record.Recording` by name; small models, so that many iterations fit in a second. In ll-2 the sequence
+#: numbers of both links come round within a message whose bytes are shown nowhere else.
 JOBS: dict[str, dict[str, Any]] = {
-    "ll-2": {"ranks": 2, "protocol": "ll", "parameters": 2000, "hook": True, "optimizer": "sgd", "start_psn": 0xFFFF00},
+    "ll-2": {"ranks": 2, "protocol": "ll", "parameters": 2000, "hook": True, "optimizer": "sgd", "start_psn": 0xFFFF06},
     "ll128-3": {
         "ranks": 3, "protocol": "ll128", "nccl": "2.23", "parameters": 6000, "links": (0, 1, 2), "hook": True, "optimizer": "adamw",
     },
