@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from fault_injection.chain import Script
 from fault_injection.jobs import Job
 
-__all__ = ["BROKEN", "CONTRADICTS", "INTACT", "LIE", "OTHER", "Case", "Shown", "from_job"]
+__all__ = ["BROKEN", "CONTRADICTS", "INTACT", "LIE", "OTHER", "Case", "Shown"]
 
 #: What a frame is that a stream shows: as it was sent; recognisably damaged; changed with an ICRC that fits, so that something
 #: in it contradicts the layout; changed so that only another copy can contradict it; nobody's.
@@ -36,8 +37,9 @@ class Shown(NamedTuple):
         return self._replace(frame=frame, what=what)
 
 
-def from_job(job: Job, links: list[int]) -> list[Shown]:
-    """Return what a stream shows of a job, several links merged by their time stamps."""
+@functools.cache
+def _unspoilt(job: Job, links: tuple[int, ...]) -> list[Shown]:
+    """Return what a stream shows of a job, several links merged by their time stamps; the same list each time."""
     shown = [
         Shown(frame, ns, number, index)
         for number in links
@@ -86,7 +88,7 @@ class Case:
     def of(cls, job: Job, rng: random.Random) -> Case:
         """Return an unspoilt case with rings small enough to go round several times."""
         case = cls(job, rng, document=copy.deepcopy(job.document))
-        case.streams = {name: from_job(job, links) for name, links in job.streams.items()}
+        case.streams = {name: list(_unspoilt(job, tuple(links))) for name, links in job.streams.items()}
         case.document["ring_bytes"] = 1 << 20
         case.document["slots"] = rng.choice([3, 4, 8])
         return case

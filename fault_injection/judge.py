@@ -94,7 +94,7 @@ def judge(case: Case, out: Path, packets: dict[str, Any], *, base: bool = False)
         case: as the kind left it.
         out: the checkpoint directory, closed.
         packets: the counters of the run.
-        base: where iterations wait, give the trainer's state after the lost one, and judge what is committed then.
+        base: where iterations wait, give the trainer's state after the lost one; what is committed then is judged with the rest.
     """
     verdict = Verdict(iterations=case.job.iterations)
     expected = expect(case)
@@ -108,10 +108,10 @@ def judge(case: Case, out: Path, packets: dict[str, Any], *, base: bool = False)
         verdict.note("untrue_ranges", f"the list has {len(rows)} iterations, the job {last}")
     rows = _of_the_job(case, rows, verdict)
     _judge_rows(case, expected, rows, verdict)
-    _judge_bits(case, out, rows, verdict)
     waits = [row["iteration"] for row in rows.values() if row["state"] == "waiting"]
     if base and waits and min(waits) > 1 and verdict.bad == 0:
-        _judge_base(case, out, min(waits) - 1, verdict)
+        rows = _based(case, out, min(waits) - 1, verdict)
+    _judge_bits(case, out, rows, verdict)
     return verdict
 
 
@@ -228,8 +228,8 @@ def _judge_bits(case: Case, out: Path, rows: dict[int, dict], verdict: Verdict) 
         verdict.note("wrong", f"iteration {number}: its {what} is not the trainer's")
 
 
-def _judge_base(case: Case, out: Path, lost: int, verdict: Verdict) -> None:
-    """Go on from the trainer's state after a lost iteration; what then is committed must have its bits, too."""
+def _based(case: Case, out: Path, lost: int, verdict: Verdict) -> dict[int, dict]:
+    """Go on from the trainer's state after a lost iteration; return the rows of the job's iterations then."""
     number = next(n for n in range(1, case.job.iterations + 1) if case.shown_as(n) == lost + 1)
     state = torch.load(case.job.folder / "truth" / f"iteration-{number - 1:06}.pt", weights_only=True)
     torch.save({**state, "iteration": lost}, out.parent / "base.pt")
@@ -237,4 +237,4 @@ def _judge_base(case: Case, out: Path, lost: int, verdict: Verdict) -> None:
     rows = {row["iteration"]: row for row in listing(out)["iterations"] if row["iteration"] > 0}
     if rows[lost + 1]["state"] != "committed":
         verdict.note("unrepaired", f"iteration {lost + 1} is {rows[lost + 1]['state']} after a base at {lost}")
-    _judge_bits(case, out, _of_the_job(case, rows, verdict), verdict)
+    return _of_the_job(case, rows, verdict)

@@ -222,14 +222,14 @@ class _Failing(durable.Disk):
 
 def _fails(case: Case, number: int, calls: set[str], times: int) -> None:
     # Not the very first operations: without a first snapshot nothing can begin, and the job is told so.
-    case.surroundings.append(_in_place(_Failing(number, calls, case.rng.randint(30, 60), times), 0.02))
+    case.surroundings.append(_in_place(_Failing(number, calls, case.rng.randint(30, 60), times), 0.05))
     case.live = case.volatile = True
 
 
 @kind("disk-full")
 def disk_full(case: Case) -> None:
     """Let the disk take nothing for a while."""
-    _fails(case, errno.ENOSPC, {"create", "write"}, case.rng.choice([1, 3, 12, 40]))
+    _fails(case, errno.ENOSPC, {"create", "write"}, case.rng.choice([1, 3, 12]))
 
 
 @kind("sync-fails")
