@@ -41,6 +41,7 @@ def outage_folders(tmp_path_factory):
         ("long-outage", lambda one: one["committed"] >= 2 and one["waiting"]),
         ("restarted-equal-numbers", lambda one: one["committed"] == 12),
     ],
+    ids=["outage", "restart"],
 )
 def test_promises_are_kept_where_numbers_come_again(outage_folders, name, came_of_it):
     found = [run_case(7, name, number, outage_folders) for number in range(6)]
