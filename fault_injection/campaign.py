@@ -19,6 +19,8 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,9 +198,38 @@ def _begin_worker() -> None:
     logging.disable(logging.ERROR)  # what the faults make the stages say; the verdict is in the counts
 
 
-def _task(task: tuple) -> dict[str, Any]:
+def _ended(task: tuple, error: BaseException) -> dict[str, Any]:
+    """Return what `run_case` does of a case that has ended its process: every promise of it is broken."""
+    from fault_injection.judge import Verdict
+
     what, *arguments = task
-    return what(*arguments)
+    name = LOSS if what is run_loss else arguments[1]
+    verdict = Verdict()
+    verdict.note("unrepaired", f"{arguments[:-1]}: the process ended: {error}")
+    own = {"point": tuple(arguments[1:3]), "trials": 0, "lost": 0} if what is run_loss else {}
+    return {"name": name, "job": "", **asdict(verdict), **own, "seconds": 0.0}
+
+
+def _rows(tasks: list[tuple], workers: int) -> Iterator[dict[str, Any]]:
+    """Yield what comes of each task, in any order. A process that ends is replaced; what it ran is tried again, alone."""
+    context, waiting, again = multiprocessing.get_context("spawn"), list(reversed(tasks)), []
+    while waiting:
+        running: dict[Future, tuple] = {}
+        with ProcessPoolExecutor(workers, context, _begin_worker) as pool, contextlib.suppress(BrokenProcessPool):
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:
+                    running[pool.submit(*waiting[-1])] = waiting[-1]
+                    waiting.pop()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield future.result()
+                    del running[future]
+        again += running.values()
+    for task in again:
+        with ProcessPoolExecutor(1, context, _begin_worker) as pool:
+            try:
+                yield pool.submit(*task).result()
+            except BrokenProcessPool as error:
+                yield _ended(task, error)
 
 
 @contextlib.contextmanager
@@ -289,10 +320,9 @@ def campaign(plan: Plan, progress: Progress = lambda done, total: None) -> dict[
         if measured:
             tasks += _loss_cases(plan, recorded[LOSS_JOB])
         rows: list[dict[str, Any]] = []
-        with multiprocessing.get_context("spawn").Pool(plan.workers, _begin_worker) as pool:
-            for row in pool.imap_unordered(_task, tasks):
-                rows.append(row)
-                progress(len(rows), len(tasks))
+        for row in _rows(tasks, plan.workers):
+            rows.append(row)
+            progress(len(rows), len(tasks))
         names = [*jobs, *([LOSS] if measured else [])]
         document = _document(plan, names, rows, recording_s, time.monotonic() - begun)
         document["loss"] = (

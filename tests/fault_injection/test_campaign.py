@@ -3,11 +3,12 @@
 
 import copy
 import json
+import os
 import random
 
 import pytest
 
-from fault_injection.campaign import Plan, _cases, run_case, run_loss
+from fault_injection.campaign import Plan, _cases, _rows, run_case, run_loss
 from fault_injection.case import Case
 from fault_injection.chain import Chain, Script
 from fault_injection.frames import write_capture
@@ -57,6 +58,19 @@ def test_a_kind_whose_cases_cost_more_has_a_share_of_them():
     assert counts["dear"] == pytest.approx(counts["cheap"] / 10, abs=1)
     asked = _cases(Plan(seed=1, cases=3, first=4), kinds, {"cheap": [], "dear": []}, {"cheap": 60, "dear": 12})
     assert [task[2:4] for task in asked] == [(kind.name, number) for number in (4, 5, 6) for kind in kinds]
+
+
+def ends(code, *_):
+    os._exit(code)
+
+
+@pytest.mark.slow
+def test_a_case_that_ends_its_process_is_a_finding_and_the_others_go_on():
+    tasks = [(int, str(number)) for number in range(3)] + [(ends, 3, "kind", None)] + [(int, "4")]
+    found = list(_rows(tasks, 2))
+    assert sorted(row for row in found if isinstance(row, int)) == [0, 1, 2, 4]
+    (row,) = (row for row in found if isinstance(row, dict))
+    assert row["unrepaired"] == 1 and "the process ended" in row["problems"][0]
 
 
 @pytest.mark.slow
