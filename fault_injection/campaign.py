@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,18 +18,25 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowcheck.errors import CaptureError, ConfigError, FlowCheckError
 
+if TYPE_CHECKING:
+    from fault_injection.case import Case
+    from fault_injection.judge import Verdict
+    from fault_injection.kinds import Kind
+
 __all__ = ["QUICK", "Plan", "campaign", "run_case"]
 
-#: Jobs and their iterations.
-QUICK_JOBS = {"ll-2": 20, "ll128-3": 20, "simple-4-hook": 20}
-FULL_ITERATIONS = 60
+#: Jobs of `--quick`, and the iterations of jobs; those of outages need few.
+QUICK_JOBS = ("ll-2", "ll128-3", "simple-4-hook")
+QUICK_ITERATIONS, FULL_ITERATIONS, OUTAGE_ITERATIONS = 20, 60, 12
 LOSS, LOSS_JOB = "loss", "loss-4"
 #: Of the recordings: they are the same for every seed of the campaign.
 RECORDING_SEED = 1
@@ -93,7 +101,7 @@ def run_case(seed: int, name: str, number: int, folders: list[Path]) -> dict[str
     job = fit[number % len(fit)]
     case = Case.of(job, rng)
     kind.spoil(case)
-    verdict, _ = _judged(case, rng)
+    verdict = _judged(case, rng)
     where = f"--seed {seed} --only {name} --case {number} ({job.name})"
     verdict.problems = [f"{where}: {problem}" for problem in verdict.problems]
     return {"name": name, "job": job.name, **asdict(verdict), "seconds": time.monotonic() - begun}
@@ -109,16 +117,17 @@ def run_loss(seed: int, streams: int, loss: float, number: int, folder: Path) ->
     job = _job(folder, streams)
     case = Case.of(job, rng)
     losses.spoil(case, loss)
-    verdict, states = _judged(case, rng, base=False)
-    trials, lost = losses.unrepaired(states, 2, job.iterations)
+    verdict = _judged(case, rng, base=False)
+    counted = range(2, job.iterations)  # the first one's buckets are others; the last one's record nobody repeats
+    lost = len(set(counted) & set(verdict.lost))
     where = f"loss of {loss:g} on {streams} streams, seed {seed}, case {number}"
     verdict.problems = [f"{where}: {problem}" for problem in verdict.problems]
-    own = {"point": (streams, loss), "trials": trials, "lost": lost}
+    own = {"point": (streams, loss), "trials": len(counted), "lost": lost}
     return {"name": "loss", "job": job.name, **asdict(verdict), **own, "seconds": time.monotonic() - begun}
 
 
-def _judged(case: Any, rng: random.Random, base: bool | None = None) -> tuple[Any, dict[int, str]]:
-    """Run a case in a scratch folder; return its verdict and the state of every iteration."""
+def _judged(case: Case, rng: random.Random, base: bool | None = None) -> Verdict:
+    """Run a case in a scratch folder; return its verdict."""
     from fault_injection.judge import Verdict
 
     try:
@@ -129,19 +138,23 @@ def _judged(case: Any, rng: random.Random, base: bool | None = None) -> tuple[An
             raise
         verdict = Verdict(iterations=case.job.iterations)
         verdict.note("unrepaired", f"{type(error).__name__}: {error}".splitlines()[0], case.job.iterations)
-        return verdict, {}
+        verdict.lost = list(range(1, case.job.iterations + 1))
+        return verdict
 
 
-def _run(case: Any, scratch: Path, rng: random.Random, base: bool | None) -> tuple[Any, dict[int, str]]:
+def _run(case: Case, scratch: Path, rng: random.Random, base: bool | None) -> Verdict:
     from fault_injection.chain import Chain
     from fault_injection.judge import judge
-    from updater.listing import listing
+    from fault_injection.processes import Processes
 
     captures = _write(case, scratch)
     counts = {name: len(shown) for name, shown in case.streams.items()}
 
-    def chain() -> Chain:
-        return Chain(case.document, case.job.folder, captures, scratch, rng, case.script, counts, case.live)
+    def chain() -> Chain | Processes:
+        common = case.document, case.job.folder, captures, scratch, rng
+        if case.kills is not None:
+            return Processes(*common, case.job.iterations, case.kills)
+        return Chain(*common, case.script, counts, case.live)
 
     refused = 0
     if case.refused_first is not None:
@@ -157,10 +170,9 @@ def _run(case: Any, scratch: Path, rng: random.Random, base: bool | None) -> tup
             stack.enter_context(surrounding)
         run = stack.enter_context(chain())
         run.run()
-    states = {row["iteration"]: row["state"] for row in listing(run.out)["iterations"]}
     verdict = judge(case, run.out, run.packets, base=rng.random() < 0.3 if base is None else base)
     verdict.refused = refused
-    return verdict, states
+    return verdict
 
 
 def _write(case: Any, scratch: Path) -> dict[str, Path]:
@@ -186,9 +198,38 @@ def _begin_worker() -> None:
     logging.disable(logging.ERROR)  # what the faults make the stages say; the verdict is in the counts
 
 
-def _task(task: tuple) -> dict[str, Any]:
+def _ended(task: tuple, error: BaseException) -> dict[str, Any]:
+    """Return what `run_case` does of a case that has ended its process: every promise of it is broken."""
+    from fault_injection.judge import Verdict
+
     what, *arguments = task
-    return what(*arguments)
+    name = LOSS if what is run_loss else arguments[1]
+    verdict = Verdict()
+    verdict.note("unrepaired", f"{arguments[:-1]}: the process ended: {error}")
+    own = {"point": tuple(arguments[1:3]), "trials": 0, "lost": 0} if what is run_loss else {}
+    return {"name": name, "job": "", **asdict(verdict), **own, "seconds": 0.0}
+
+
+def _rows(tasks: list[tuple], workers: int) -> Iterator[dict[str, Any]]:
+    """Yield what comes of each task, in any order. A process that ends is replaced; what it ran is tried again, alone."""
+    context, waiting, again = multiprocessing.get_context("spawn"), list(reversed(tasks)), []
+    while waiting:
+        running: dict[Future, tuple] = {}
+        with ProcessPoolExecutor(workers, context, _begin_worker) as pool, contextlib.suppress(BrokenProcessPool):
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:
+                    running[pool.submit(*waiting[-1])] = waiting[-1]
+                    waiting.pop()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield future.result()
+                    del running[future]
+        again += running.values()
+    for task in again:
+        with ProcessPoolExecutor(1, context, _begin_worker) as pool:
+            try:
+                yield pool.submit(*task).result()
+            except BrokenProcessPool as error:
+                yield _ended(task, error)
 
 
 @contextlib.contextmanager
@@ -201,28 +242,30 @@ def _folder(out: Path | None) -> Iterator[Path]:
         yield out
 
 
-def _cases(plan: Plan, kinds: Iterable[str], folders: list[Path], iterations: int) -> list[tuple]:
+def _cases(plan: Plan, kinds: list[Kind], folders: dict[str, list[Path]], iterations: dict[str, int]) -> list[tuple]:
     """Return the tasks, kinds in turn, so that what is done at any moment is a cut through all of them."""
     if plan.cases is not None:
-        each = plan.cases
+        counts = dict.fromkeys((kind.name for kind in kinds), plan.cases)
     else:
-        each = QUICK if plan.quick else -(-FULL_TOTAL // (iterations * len(list(kinds))))
+        each = QUICK if plan.quick else FULL_TOTAL / sum(kind.share * iterations[kind.name] for kind in kinds)
+        counts = {kind.name: math.ceil(kind.share * each) for kind in kinds}
     return [
-        (run_case, plan.seed, name, number, folders)
-        for number in range(plan.first, plan.first + each)
-        for name in kinds
+        (run_case, plan.seed, kind.name, plan.first + number, folders[kind.name])
+        for number in range(max(counts.values()))
+        for kind in kinds
+        if number < counts[kind.name]
     ]
 
 
 def _loss_cases(plan: Plan, folder: Path) -> list[tuple]:
     """Return the tasks of the loss experiment: streams and rates at which the formula has so many iterations lost."""
-    from fault_injection.loss import POINTS, loss_at, plan_of
+    from fault_injection.loss import POINTS, loss_at
     from flowcheck.sizing import unrepairable
 
     cases = plan.cases or LOSS_CASES[not plan.quick]
     tasks = []
     for streams, share in POINTS:
-        loss = loss_at(plan_of(_job(folder, streams).document), share, unrepairable)
+        loss = loss_at(_job(folder, streams).plan, share, unrepairable)
         tasks += [
             (run_loss, plan.seed, streams, loss, number, folder) for number in range(plan.first, plan.first + cases)
         ]
@@ -231,14 +274,13 @@ def _loss_cases(plan: Plan, folder: Path) -> list[tuple]:
 
 def _loss_rows(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the document's `loss` from the cases of the experiment."""
-    from fault_injection.loss import plan_of
     from fault_injection.loss import row as entry
     from flowcheck.sizing import unrepairable
 
     out = []
     for streams, loss in sorted({row["point"] for row in rows}):
         own = [row for row in rows if row["point"] == (streams, loss)]
-        formula = unrepairable(plan_of(_job(folder, streams).document), loss)
+        formula = unrepairable(_job(folder, streams).plan, loss)
         out.append(entry(streams, loss, sum(row["trials"] for row in own), sum(row["lost"] for row in own), formula))
     return out
 
@@ -250,36 +292,42 @@ def campaign(plan: Plan, progress: Progress = lambda done, total: None) -> dict[
         ConfigError: a kind that there is not.
         FlowCheckError: a job cannot be recorded.
     """
-    from fault_injection.jobs import JOBS, record_job
+    from fault_injection.jobs import JOBS, OUTAGE_JOBS, record_job
     from fault_injection.kinds import load
     from fault_injection.page import render
 
-    kinds = list(load())
+    kinds = load()
     unknown = [name for name in plan.only if name not in [*kinds, LOSS]]
     if unknown:
         raise ConfigError(f"no fault is named {unknown[0]!r}; there are {', '.join([*kinds, LOSS])}")
-    chosen = [name for name in kinds if not plan.only or name in plan.only]
+    chosen = [kind for name, kind in kinds.items() if not plan.only or name in plan.only]
     measured = LOSS in plan.only or not (plan.only or plan.quick)
-    jobs = QUICK_JOBS if plan.quick else {name: FULL_ITERATIONS for name in JOBS if name != LOSS_JOB}
+    common = QUICK_JOBS if plan.quick else tuple(JOBS)
+    lengths = dict.fromkeys(JOBS, QUICK_ITERATIONS if plan.quick else FULL_ITERATIONS)
+    lengths |= {LOSS_JOB: FULL_ITERATIONS, **dict.fromkeys(OUTAGE_JOBS, OUTAGE_ITERATIONS)}
     begun = time.monotonic()
     with _folder(plan.out) as folder:
         cache = folder / "recordings"
         cache.mkdir(exist_ok=True)
-        wanted = [(name, cache, count, RECORDING_SEED) for name, count in jobs.items() if chosen]
+        jobs = {kind.name: kind.jobs or common for kind in chosen}
+        wanted = [*(name for some in jobs.values() for name in some), *([LOSS_JOB] if measured else [])]
+        recorded = {name: record_job(name, cache, lengths[name], RECORDING_SEED) for name in dict.fromkeys(wanted)}
+        recording_s = time.monotonic() - begun
+        tasks: list[tuple] = []
+        if chosen:
+            folders = {kind: [recorded[name] for name in some] for kind, some in jobs.items()}
+            tasks += _cases(plan, chosen, folders, {kind: lengths[some[0]] for kind, some in jobs.items()})
         if measured:
-            wanted.append((LOSS_JOB, cache, FULL_ITERATIONS, RECORDING_SEED))
-        folders = [record_job(*one) for one in wanted]
-        recorded = time.monotonic() - begun
-        tasks = _cases(plan, chosen, folders[: len(jobs)], next(iter(jobs.values()))) if chosen else []
-        if measured:
-            tasks += _loss_cases(plan, folders[-1])
+            tasks += _loss_cases(plan, recorded[LOSS_JOB])
         rows: list[dict[str, Any]] = []
-        with multiprocessing.get_context("spawn").Pool(plan.workers, _begin_worker) as pool:
-            for row in pool.imap_unordered(_task, tasks):
-                rows.append(row)
-                progress(len(rows), len(tasks))
-        document = _document(plan, [*chosen, *([LOSS] if measured else [])], rows, recorded, time.monotonic() - begun)
-        document["loss"] = _loss_rows(folders[-1], [row for row in rows if row["name"] == LOSS]) if measured else []
+        for row in _rows(tasks, plan.workers):
+            rows.append(row)
+            progress(len(rows), len(tasks))
+        names = [*jobs, *([LOSS] if measured else [])]
+        document = _document(plan, names, rows, recording_s, time.monotonic() - begun)
+        document["loss"] = (
+            _loss_rows(recorded[LOSS_JOB], [row for row in rows if row["name"] == LOSS]) if measured else []
+        )
         if plan.out is not None:
             (plan.out / "faults.json").write_text(json.dumps(document, indent=1) + "\n")
             (plan.out / "faults.html").write_text(render(document))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from fault_injection.chain import Script
 from fault_injection.jobs import Job
 
-__all__ = ["BROKEN", "CONTRADICTS", "INTACT", "LIE", "OTHER", "Case", "Shown", "from_job"]
+__all__ = ["BROKEN", "CONTRADICTS", "INTACT", "LIE", "OTHER", "Case", "Shown"]
 
 #: What a frame is that a stream shows: as it was sent; recognisably damaged; changed with an ICRC that fits, so that something
 #: in it contradicts the layout; changed so that only another copy can contradict it; nobody's.
@@ -36,8 +37,9 @@ class Shown(NamedTuple):
         return self._replace(frame=frame, what=what)
 
 
-def from_job(job: Job, links: list[int]) -> list[Shown]:
-    """Return what a stream shows of a job, several links merged by their time stamps."""
+@functools.cache
+def _unspoilt(job: Job, links: tuple[int, ...]) -> list[Shown]:
+    """Return what a stream shows of a job, several links merged by their time stamps; the same list each time."""
     shown = [
         Shown(frame, ns, number, index)
         for number in links
@@ -63,6 +65,8 @@ class Case:
         lied: iterations of which something lies with an ICRC that fits, beside those of the frames that do.
         volatile: iterations may be volatile.
         refused_first: called with the capture files; they must be refused then, and taken when they are written anew.
+        later: (first, by): iterations from `first` on are shown as those `by` later, and nothing is of what lies between.
+        kills: the stages are processes of their own, so many of which are killed; None: this process polls them.
     """
 
     job: Job
@@ -77,12 +81,14 @@ class Case:
     lied: set[int] = field(default_factory=set)
     volatile: bool = False
     refused_first: Callable[[dict[str, Path]], None] | None = None
+    later: tuple[int, int] = (0, 0)
+    kills: int | None = None
 
     @classmethod
     def of(cls, job: Job, rng: random.Random) -> Case:
         """Return an unspoilt case with rings small enough to go round several times."""
         case = cls(job, rng, document=copy.deepcopy(job.document))
-        case.streams = {name: from_job(job, links) for name, links in job.streams.items()}
+        case.streams = {name: list(_unspoilt(job, tuple(links))) for name, links in job.streams.items()}
         case.document["ring_bytes"] = 1 << 20
         case.document["slots"] = rng.choice([3, 4, 8])
         return case
@@ -92,6 +98,11 @@ class Case:
     def iteration(self, one: Shown) -> int:
         """Return the iteration of a frame, -1 if it is no data packet of the job."""
         return self.job.links[one.link].iteration[one.index] if one.index >= 0 else -1
+
+    def shown_as(self, iteration: int) -> int:
+        """Return the number under which an iteration of the job is shown."""
+        first, by = self.later
+        return iteration + by if iteration >= first else iteration
 
     def begin(self, name: str, iteration: int) -> int:
         """Return where in a stream the first data packet of an iteration, or of a later one, is; its length if none is."""

@@ -203,5 +203,5 @@ class Chain:
 
 def _close(stage: Any) -> None:
     """Give back what a stage holds; what the end of a case cannot close does not matter any more."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, Killed):
         stage.close()

@@ -69,6 +69,8 @@ class _Stream:
         self.flows: dict[tuple, _Flow] = {}
         self.credits: dict[tuple[int, int], tuple[int, int]] = {}
         self.newest: dict[tuple[int, int], int] = {}
+        self.resumes = case.later[0]
+        self.elsewhere: set[tuple[int, int]] = set()
         self.line = {"ll": 16, "ll128": 128, "simple": 1}[self.job.protocol]
         self.credit_pairs = {
             (c["edge"], pair): c["channel"] for c in self.job.shard["connections"] for pair in c["proof"]["credit"]
@@ -105,6 +107,8 @@ class _Stream:
         if one.what != INTACT:
             return False
         flow_key = link.flow[one.index]
+        if self.resumes and link.iteration[one.index] >= self.resumes:
+            self._come_back()
         if flow_key is None:
             self._take_credit(one, link)
             return False
@@ -116,12 +120,23 @@ class _Stream:
         self.newest[connection] = max(iteration, self.newest.get(connection, 0))
         return good and on_time
 
+    def _come_back(self) -> None:
+        """Forget where everything was: of each flow the first packet, of each connection the first credit only says that it is elsewhere."""
+        self.resumes = 0
+        self.credits.clear()
+        self.elsewhere = {(number, channel) for number in self.links for channel in set(self.credit_pairs.values())}
+        for flow in self.flows.values():
+            flow.synchronised, flow.known, flow.doubt = False, False, 1
+
     def _take_credit(self, one: Shown, link: Link) -> None:
         header = link.headers[one.index]
         channel = self.credit_pairs.get((one.link, header.queue_pair))
         if channel is not None and header.opcode == WRITE_ONLY:
             # The n-th credit allows the n-th message; its number is the last field but padding, so it is counted here.
-            self.credits[one.link, channel] = (one.ns, self._number(one, link))
+            if (one.link, channel) in self.elsewhere:
+                self.elsewhere.remove((one.link, channel))
+            else:
+                self.credits[one.link, channel] = (one.ns, self._number(one, link))
 
     def _number(self, one: Shown, link: Link) -> int:
         """Return the message that a credit allows: the recorder writes it right before that one."""

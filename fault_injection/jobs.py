@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from fault_injection.frames import Header, read_capture
 from workload_gen.frame_index import index_path
 from workload_gen.wire import decode, encode
 
-__all__ = ["JOBS", "Iteration", "Job", "Link", "record_job"]
+__all__ = ["JOBS", "OUTAGE_JOBS", "Iteration", "Job", "Link", "record_job"]
 
 UNIT = 8
 
-#: Options of `workload_gen.record.Recording` by name; small models, so that many iterations fit in a second.
+#: Options of `workload_gen.record.Recording` by name; small models, so that many iterations fit in a second. In ll-2 the sequence
+#: numbers of both links come round within a message whose bytes are shown nowhere else.
 JOBS: dict[str, dict[str, Any]] = {
-    "ll-2": {"ranks": 2, "protocol": "ll", "parameters": 2000, "hook": True, "optimizer": "sgd", "start_psn": 0xFFFF00},
+    "ll-2": {"ranks": 2, "protocol": "ll", "parameters": 2000, "hook": True, "optimizer": "sgd", "start_psn": 0xFFFF06},
     "ll128-3": {
         "ranks": 3, "protocol": "ll128", "nccl": "2.23", "parameters": 6000, "links": (0, 1, 2), "hook": True, "optimizer": "adamw",
     },
@@ -46,10 +49,24 @@ JOBS: dict[str, dict[str, Any]] = {
         "ranks": 3, "protocol": "ll", "nccl": "2.18", "parameters": 3000, "links": (0, 2), "hook": True, "optimizer": "adamw",
         "queue_pairs": 2, "bucket_mb": 0.004, "start_psn": 0xFFF000,
     },
+}  # fmt: skip
+
+#: Of kinds in which sequence numbers come round: small packets, so that they do after few iterations, and no step records, which
+#: would have to say other iterations.
+OUTAGE_JOBS = {
+    "outage-ll-2": {"ranks": 2, "protocol": "ll", "parameters": 20000, "mtu": 256, "optimizer": "sgd"},
+    "outage-simple-3": {
+        "ranks": 3, "protocol": "simple", "nccl": "2.23", "parameters": 30000, "mtu": 256, "links": (0, 1, 2), "optimizer": "sgd",
+        "queue_pairs": 2, "split_queue_pairs": False, "start_psn": 0xFFF000,
+    },
+    "outage-ll128-2": {"ranks": 2, "protocol": "ll128", "nccl": "2.26", "parameters": 30000, "mtu": 256, "optimizer": "sgd"},
+}  # fmt: skip
+_OTHERS = {
     "loss-4": {
         "ranks": 4, "protocol": "ll", "nccl": "2.23", "parameters": 4000, "links": (0, 1, 2), "hook": True, "optimizer": "sgd",
     },
 }  # fmt: skip
+_OPTIONS = {**JOBS, **OUTAGE_JOBS, **_OTHERS}
 
 
 @dataclass
@@ -116,6 +133,12 @@ class Link:
     record: list[bool] = field(default_factory=list)
     operation: list[int] = field(default_factory=list)
 
+    def carried(self, indices: Iterable[int]) -> tuple[Counter[tuple[int, int]], Counter[int]]:
+        """Return how many packets each flow carries among some data packets, and how many messages each channel."""
+        own = list(indices)
+        messages = {self.message[index] for index in own}
+        return Counter(self.flow[index] for index in own), Counter(channel for channel, _ in messages)
+
 
 def _carried_units(protocol: str, size: int, offset: int, count: int) -> np.ndarray:
     """Return which units of a message of `size` bytes its payload bytes [offset, offset + count) bring."""
@@ -172,10 +195,11 @@ class Job:
     # -- what the plan says of sizes ---------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _record_form(self) -> Any:
+    def plan(self) -> Any:
+        """The plan that the document is."""
         from flowcheck import plan as plans
 
-        return plans.parse(json.dumps(self.document)).record_form
+        return plans.parse(json.dumps(self.document))
 
     def _revision(self, iteration: int) -> dict[str, Any]:
         return next(r for r in reversed(self.shard["revisions"]) if r["from_iteration"] <= max(1, iteration))
@@ -198,7 +222,7 @@ class Job:
             at += -(-size // UNIT)
         if not self.hook or first == 0:
             return Iteration(buckets, None, (0, 0), at)
-        form = self._record_form
+        form = self.plan.record_form
         words = 4 * form.words // UNIT
         return Iteration(buckets, at, (at + words, at + 2 * words), at - (-4 * form.elements // UNIT))
 
@@ -290,7 +314,7 @@ class Job:
 
 
 def record_job(name: str, folder: Path, iterations: int, seed: int) -> Path:
-    """Record a job of JOBS into a folder, unless it is there; return the folder."""
+    """Record a job of this module into a folder, unless it is there; return the folder."""
     out = folder / f"{name}-{iterations}-{seed}"
     if (out / "digests.json").exists():
         return out
@@ -302,7 +326,7 @@ def record_job(name: str, folder: Path, iterations: int, seed: int) -> Path:
     from workload_gen.truth import digest
 
     shutil.rmtree(out, ignore_errors=True)
-    record(Recording(out=out, iterations=iterations, index=True, seed=seed, **JOBS[name]))
+    record(Recording(out=out, iterations=iterations, index=True, seed=seed, **_OPTIONS[name]))
     states = sorted((out / "truth").glob("iteration-*.pt"))
     digests = {int(path.stem[10:]): digest(torch.load(path, weights_only=True)) for path in states}
     partial = out / "digests.unfinished"

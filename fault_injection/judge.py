@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fault_injection.case import Case
 from fault_injection.expected import Expected, expect, must_be_whole, ranges_of
@@ -37,6 +38,7 @@ class Verdict:
         untrue_ranges: with missing ranges, or placed bytes, that are not true.
         unlisted: not in the list though they must be.
         unaccounted: frames without a verdict, or with two.
+        lost: numbers of the incomplete and the unseen ones.
         refused: cases in which the stages refused plan or capture.
         problems: each in a line.
     """
@@ -53,6 +55,7 @@ class Verdict:
     untrue_ranges: int = 0
     unlisted: int = 0
     unaccounted: int = 0
+    lost: list[int] = field(default_factory=list)
     refused: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -91,7 +94,7 @@ def judge(case: Case, out: Path, packets: dict[str, Any], *, base: bool = False)
         case: as the kind left it.
         out: the checkpoint directory, closed.
         packets: the counters of the run.
-        base: where iterations wait, give the trainer's state after the lost one, and judge what is committed then.
+        base: where iterations wait, give the trainer's state after the lost one; what is committed then is judged with the rest.
     """
     verdict = Verdict(iterations=case.job.iterations)
     expected = expect(case)
@@ -100,14 +103,32 @@ def judge(case: Case, out: Path, packets: dict[str, Any], *, base: bool = False)
     rows = {row["iteration"]: row for row in report["iterations"] if row["iteration"] > 0}
     if sorted(rows) != list(range(1, len(rows) + 1)):
         verdict.note("unlisted", f"the list has iterations {sorted(rows)}")
-    if len(rows) > case.job.iterations and len(rows) not in expected.lied:
-        verdict.note("untrue_ranges", f"the list has {len(rows)} iterations, the job {case.job.iterations}")
+    last = case.shown_as(case.job.iterations)
+    if len(rows) > last and len(rows) not in expected.lied:
+        verdict.note("untrue_ranges", f"the list has {len(rows)} iterations, the job {last}")
+    rows = _of_the_job(case, rows, verdict)
     _judge_rows(case, expected, rows, verdict)
-    _judge_bits(case, out, rows, verdict)
-    waits = [number for number, row in rows.items() if row["state"] == "waiting"]
+    waits = [row["iteration"] for row in rows.values() if row["state"] == "waiting"]
     if base and waits and min(waits) > 1 and verdict.bad == 0:
-        _judge_base(case, out, min(waits) - 1, verdict)
+        rows = _based(case, out, min(waits) - 1, verdict)
+    _judge_bits(case, out, rows, verdict)
     return verdict
+
+
+def _of_the_job(case: Case, rows: dict[int, dict], verdict: Verdict) -> dict[int, dict]:
+    """Return the rows of the job's own iterations by their number there; of what lies between all must be missing."""
+    own = {case.shown_as(number): number for number in range(1, case.job.iterations + 1)}
+    for number, row in rows.items():
+        if (
+            number not in own
+            and number <= max(own)
+            and (row["state"], row["missing"]) != ("incomplete", [[0, row["bytes"]]])
+        ):
+            verdict.note(
+                "untrue_ranges",
+                f"iteration {number}, {row['state']}: nobody showed any of it, missing {row['missing']}",
+            )
+    return {own[number]: row for number, row in rows.items() if number in own}
 
 
 def _judge_packets(case: Case, packets: dict[str, Any], verdict: Verdict) -> None:
@@ -125,8 +146,10 @@ def _judge_rows(case: Case, expected: Expected, rows: dict[int, dict], verdict: 
     unbroken = not len(expected.usable[0]) or bool(expected.usable[0].all())
     for number in range(1, job.iterations + 1):
         row, required = rows.get(number), must_be_whole(case, expected, number)
+        unbroken = unbroken and number != case.later[0]
         if row is None:
             verdict.unseen += 1
+            verdict.lost.append(number)
             if case.exact and number <= expected.highest:
                 verdict.note("unlisted", f"iteration {number} is not listed, one of {expected.highest} was shown")
             continue
@@ -142,6 +165,7 @@ def _judge_rows(case: Case, expected: Expected, rows: dict[int, dict], verdict: 
                 verdict.note("unrepaired", f"iteration {number} is volatile")
         else:
             verdict.incomplete += 1
+            verdict.lost.append(number)
             missing = [(begin, end) for begin, end in row["missing"]]
         if required and unbroken and state == "waiting":
             verdict.note("unrepaired", f"iteration {number} waits, but all before it were shown")
@@ -182,18 +206,20 @@ def _judge_ranges(
 
 def _judge_bits(case: Case, out: Path, rows: dict[int, dict], verdict: Verdict) -> None:
     directory, job = Directory(out), case.job
+    own = {row["iteration"]: number for number, row in rows.items()}
     wrong: dict[int, str] = {}
     for number, row in rows.items():
         if row["state"] in _WHOLE:
-            slot, _, revision = directory.slot(number)
+            slot, _, revision = directory.slot(row["iteration"])
             found = [hashlib.sha256(np.ascontiguousarray(view)).digest() for view in bucket_views(slot, revision)]
             if found != job.gradient_digests[number]:
                 wrong[number] = "gradient"
-    committed = {number for number, row in rows.items() if row["state"] == "committed"}
+    committed = {row["iteration"] for row in rows.values() if row["state"] == "committed"}
     if committed:
         stepped = set()
-        for number, state in states_after(out):
-            stepped.add(number)
+        for listed, state in states_after(out):
+            stepped.add(listed)
+            number = own.get(listed, listed)
             if number in job.state_digests and digest(state) != job.state_digests[number]:
                 wrong.setdefault(number, "state")
         if not committed <= stepped | set(directory.manifest.snapshots_of(directory.manifest.latest.number)):
@@ -202,10 +228,13 @@ def _judge_bits(case: Case, out: Path, rows: dict[int, dict], verdict: Verdict) 
         verdict.note("wrong", f"iteration {number}: its {what} is not the trainer's")
 
 
-def _judge_base(case: Case, out: Path, lost: int, verdict: Verdict) -> None:
-    """Go on from the trainer's state after a lost iteration; what then is committed must have its bits, too."""
-    rebase(out, case.job.folder / "truth" / f"iteration-{lost:06}.pt")
+def _based(case: Case, out: Path, lost: int, verdict: Verdict) -> dict[int, dict]:
+    """Go on from the trainer's state after a lost iteration; return the rows of the job's iterations then."""
+    number = next(n for n in range(1, case.job.iterations + 1) if case.shown_as(n) == lost + 1)
+    state = torch.load(case.job.folder / "truth" / f"iteration-{number - 1:06}.pt", weights_only=True)
+    torch.save({**state, "iteration": lost}, out.parent / "base.pt")
+    rebase(out, out.parent / "base.pt")
     rows = {row["iteration"]: row for row in listing(out)["iterations"] if row["iteration"] > 0}
-    if lost + 1 in rows and rows[lost + 1]["state"] != "committed":
+    if rows[lost + 1]["state"] != "committed":
         verdict.note("unrepaired", f"iteration {lost + 1} is {rows[lost + 1]['state']} after a base at {lost}")
-    _judge_bits(case, out, rows, verdict)
+    return _of_the_job(case, rows, verdict)

@@ -187,7 +187,7 @@ def queue_pair_mended(case: Case) -> None:
 
 @kind("flag-mended", lambda job: job.protocol != "simple")
 def flag_mended(case: Case) -> None:
-    """Give lines of LL or LL128 the flag of another step."""
+    """Give lines of LL or LL128 the flag of another step, and other data before it: what such a line holds is that step's."""
     line, flag, width = (16, 4, 4) if case.job.protocol == "ll" else (128, 120, 8)
     for name, at, header in _chosen(case, 3, lambda case, one, header: header.payload_bytes >= 128):
         frame = case.streams[name][at].frame
@@ -196,7 +196,8 @@ def flag_mended(case: Case) -> None:
             place += 8
         value = int.from_bytes(frame[place : place + width], "little")
         other = value + case.rng.choice([-8, -1, 1, 8, 1 << 20]) & (1 << 8 * width) - 1
-        _lie(case, name, at, header, place, other.to_bytes(width, "little"), CONTRADICTS)
+        data = bytes(byte ^ 0x5A for byte in frame[place - width : place])
+        _lie(case, name, at, header, place - width, data + other.to_bytes(width, "little"), CONTRADICTS)
 
 
 @kind("record-mended", lambda job: job.hook and job.protocol == "simple")

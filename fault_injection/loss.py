@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from fault_injection.case import Case
 
-__all__ = ["POINTS", "interval", "loss_at", "row", "spoil", "unrepaired"]
+__all__ = ["POINTS", "interval", "loss_at", "row", "spoil"]
 
 #: Streams, and the share of iterations that shall be unrepairable.
 POINTS = ((2, 0.04), (2, 0.15), (3, 0.02), (3, 0.10))
@@ -26,13 +25,6 @@ def spoil(case: Case, loss: float) -> None:
         case.streams[name] = [one for at, one in enumerate(shown) if at < first or case.rng.random() >= loss]
 
 
-def plan_of(document: dict[str, Any]) -> Any:
-    """Return the plan that a job's document is."""
-    from flowcheck import plan as plans
-
-    return plans.parse(json.dumps(document))
-
-
 def loss_at(plan: Any, share: float, formula: Formula) -> float:
     """Return the frame loss at which the formula has a share of the iterations unrepairable, to three digits."""
     low, high = 1e-7, 0.5
@@ -40,12 +32,6 @@ def loss_at(plan: Any, share: float, formula: Formula) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if formula(plan, middle) < share else (low, middle)
     return float(f"{low:.3g}")
-
-
-def unrepaired(states: dict[int, str], first: int, last: int) -> tuple[int, int]:
-    """Return (iterations, those that are incomplete) from `first` to before `last`; the last has nobody who repeats its record."""
-    found = [states.get(number, "incomplete") for number in range(first, last)]
-    return len(found), sum(state == "incomplete" for state in found)
 
 
 def _tail(successes: int, trials: int, probability: float) -> float:

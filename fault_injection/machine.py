@@ -61,6 +61,12 @@ def kill_updater(case: Case) -> None:
     case.script = _Kills(case.rng, "update", 5)
 
 
+@kind("killed-processes", share=0.1)
+def killed_processes(case: Case) -> None:
+    """Kill stages that are processes of their own."""
+    case.kills = case.rng.randint(3, 8)
+
+
 class _Dying(durable.Disk):
     """A disk at whose n-th operation the process dies, before or after it; again and again, so many times."""
 
@@ -216,14 +222,14 @@ class _Failing(durable.Disk):
 
 def _fails(case: Case, number: int, calls: set[str], times: int) -> None:
     # Not the very first operations: without a first snapshot nothing can begin, and the job is told so.
-    case.surroundings.append(_in_place(_Failing(number, calls, case.rng.randint(30, 60), times), 0.02))
+    case.surroundings.append(_in_place(_Failing(number, calls, case.rng.randint(30, 60), times), 0.05))
     case.live = case.volatile = True
 
 
 @kind("disk-full")
 def disk_full(case: Case) -> None:
     """Let the disk take nothing for a while."""
-    _fails(case, errno.ENOSPC, {"create", "write"}, case.rng.choice([1, 3, 12, 40]))
+    _fails(case, errno.ENOSPC, {"create", "write"}, case.rng.choice([1, 3, 12]))
 
 
 @kind("sync-fails")

@@ -7,7 +7,9 @@ import struct
 
 from fault_injection.case import BROKEN, OTHER, Case, Shown
 from fault_injection.chain import Chain, Script
+from fault_injection.jobs import OUTAGE_JOBS
 from fault_injection.kinds import kind, several
+from fault_injection.moved import Shift
 
 __all__: list[str] = []
 
@@ -170,6 +172,46 @@ def pause(case: Case) -> None:
         if not together:
             begin, end = sorted(case.rng.sample(range(case.begin(name, 1), len(case.streams[name])), 2))
         _keep(case, name, set(range(begin, end)))
+
+
+@kind("long-outage", jobs=OUTAGE_JOBS, share=0.5)
+def long_outage(case: Case) -> None:
+    """Have all streams come back after more than 2^24 packets of a queue pair, each stopping and beginning where it likes.
+
+    Every second time the next number of a queue pair is the one that should have come.
+    """
+    job = case.job
+    pairs = job.shard["layout"][
+        "queue_pairs"
+    ]  # in so many iterations each of them carries as many packets as in the next ones
+    first, around = case.rng.randint(5 + pairs, job.iterations - pairs), case.rng.choice([2, 3]) << 24
+    own = {
+        number: link.carried(at for at, iteration in enumerate(link.iteration) if first <= iteration < first + pairs)
+        for number, link in job.links.items()
+    }
+    edge = case.rng.choice(list(own))
+    flow, count = own[edge][0].most_common(1)[0]
+    turns, comes_round = around // count, case.rng.random() < 0.5
+    by_ns = case.rng.randint(10, 1000) * 10**9
+    case.later = first, turns * pairs
+    for name, (number,) in job.streams.items():
+        shown, link = case.streams[name], job.links[number]
+        shift = Shift(job, number, *({key: turns * some for key, some in part.items()} for part in own[number]))
+        begin = case.begin(name, first)
+        cut = case.rng.randrange(case.begin(name, 3), begin + 1)
+        resumed = case.rng.randrange(begin, case.begin(name, first + pairs))
+        if number == edge and comes_round:
+            places = {link.position[one.index]: at for at, one in enumerate(shown) if link.flow[one.index] == flow}
+            missed = (
+                around - turns * count
+            )  # where numbers come round, so many packets are between what is seen of both turns
+            following = min(
+                next(position for position, at in places.items() if at >= resumed),
+                next(position for position, at in places.items() if at >= begin) + missed,
+            )
+            cut, resumed = places[following - missed], places[following]
+        after = [one._replace(frame=shift.of(one), ns=one.ns + by_ns) for one in shown[resumed:]]
+        case.streams[name] = shown[:cut] + after
 
 
 @kind("cable-cut", several)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from fault_injection.case import OTHER, Case, Shown
-from fault_injection.frames import WRITE_ONLY, Header, mended
+from fault_injection.frames import Header, mended
+from fault_injection.jobs import OUTAGE_JOBS
 from fault_injection.kinds import kind, several
+from fault_injection.moved import Shift
 
 __all__: list[str] = []
-
-_STRIDE = {"ll": 65536, "ll128": 614400, "simple": 524288}
 
 
 def _other_data(protocol: str, frame: bytearray, header: Header) -> None:
@@ -84,54 +84,16 @@ def restarted_rank(case: Case) -> None:
             shown[at] = stranger._replace(frame=mended(frame, header))
 
 
-class _Shift:
-    """Rewrites the frames of a link as if each of its flows had carried further messages before."""
-
-    def __init__(self, case: Case, number: int) -> None:
-        self._job, self._link = case.job, case.job.links[number]
-        self.packets: dict[tuple[int, int], int] = {}
-        self.messages: dict[int, int] = {}
-        self._credits = {
-            pair: (c["channel"], index)
-            for c in case.job.shard["connections"]
-            if c["edge"] == number
-            for index, pair in enumerate(c["proof"]["credit"])
-        }
-
-    def of(self, one: Shown) -> Shown:
-        """Return a frame with numbers moved on, its ICRC mended."""
-        header, frame = self._link.headers[one.index], bytearray(one.frame)
-        flow = self._link.flow[one.index]
-        if flow is not None:
-            self._move_data(frame, header, flow)
-        elif header.opcode == WRITE_ONLY and header.queue_pair in self._credits:
-            self._move_credit(frame, header, self._credits[header.queue_pair][0])
-        return Shown(mended(frame, header), one.ns, one.link, -1, OTHER)
-
-    def _move_psn(self, frame: bytearray, header: Header, count: int) -> None:
-        frame[header.bth + 9 : header.bth + 12] = struct.pack(">I", header.psn + count & 0xFFFFFF)[1:]
-
-    def _move_data(self, frame: bytearray, header: Header, flow: tuple[int, int]) -> None:
-        protocol = self._job.protocol
-        steps = self.messages.get(flow[0], 0) * (2 if protocol == "simple" else 1)
-        self._move_psn(frame, header, self.packets.get(flow, 0))
-        if header.reth is not None and header.payload_bytes:
-            address = struct.unpack_from(">Q", frame, header.reth)[0]
-            slot, within = divmod(address & 0xFFFFFF, _STRIDE[protocol])
-            address = (address & ~0xFFFFFF) + (slot + steps) % 8 * _STRIDE[protocol] + within
-            struct.pack_into(">Q", frame, header.reth, address)
-        payload = memoryview(frame)[header.payload : header.end]
-        if protocol == "ll":
-            np.frombuffer(payload, "<u4")[1::2] += np.uint32(steps)
-        elif protocol == "ll128":
-            np.frombuffer(payload, "<u8")[15::16] += np.uint64(steps)
-
-    def _move_credit(self, frame: bytearray, header: Header, channel: int) -> None:
-        count = self.messages.get(channel, 0)
-        self._move_psn(frame, header, count)
-        minor = int(self._job.shard["layout"]["version"].split(".")[1])
-        place = header.payload + (24 if minor <= 19 else 32 if minor <= 23 else 40 if minor <= 29 else 56)
-        struct.pack_into("<Q", frame, place, struct.unpack_from("<Q", frame, place)[0] + count)
+@kind("restarted-equal-numbers", jobs=OUTAGE_JOBS)
+def restarted_equal_numbers(case: Case) -> None:
+    """Show the rest of an earlier attempt in front, of the same queue pairs and sequence numbers, as late mirrored frames are."""
+    case.document["job"]["attempt"] = 2
+    later_ns = case.rng.randint(50, 8000) * 10**6
+    earlier = case.some_streams()
+    for name, shown in case.streams.items():
+        begin = case.rng.randrange(case.begin(name, 2), len(shown)) if name in earlier else len(shown)
+        rest = [_foreign(case, one, pairs=0, hosts=False) for one in shown[begin:]]
+        case.streams[name] = rest + [one._replace(ns=one.ns + later_ns) for one in shown]
 
 
 @kind("irregular", lambda job: job.hook)
@@ -140,19 +102,15 @@ def irregular(case: Case) -> None:
     iteration, _ = case.span(1)
     whole = case.rng.random() < 0.4
     for name, (number,) in case.job.streams.items():
-        shown, link, shift = case.streams[name], case.job.links[number], _Shift(case, number)
+        shown, link = case.streams[name], case.job.links[number]
         own = [at for at in case.data(name, iteration) if case.iteration(shown[at]) == iteration]
         last = link.operation[shown[own[-1]].index]
         own = [at for at in own if whole or link.operation[shown[at].index] == last]
         # A message's credit and the acknowledgement of that stand before it.
         begin, end = own[0] - 2, case.begin(name, iteration + 1) - 2
-        messages: dict[int, set[int]] = {}
-        for at in own:
-            flow, (channel, message) = link.flow[shown[at].index], link.message[shown[at].index]
-            shift.packets[flow] = shift.packets.get(flow, 0) + 1
-            messages.setdefault(channel, set()).add(message)
-        shift.messages = {channel: len(some) for channel, some in messages.items()}
-        case.streams[name] = shown[:end] + [shift.of(one) for one in shown[begin:end] + shown[end:]]
+        shift = Shift(case.job, number, *link.carried(shown[at].index for at in own))
+        after = [one._replace(frame=shift.of(one), index=-1, what=OTHER) for one in shown[begin:end] + shown[end:]]
+        case.streams[name] = shown[:end] + after
     case.lied.update(range(iteration, case.job.iterations + 2))
 
 

@@ -102,6 +102,7 @@ class Directory:
         self.manifest = Manifest.load(self.path)
         self.problems: dict[str, CheckpointError] = {}
         self._plans: dict[int, Plan] = {}
+        self._lineages: dict[int, dict[int, Iteration]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -198,12 +199,13 @@ class Directory:
         """Yield the iterations of which a note says that they are not in the log."""
         said = read_facts(note, self.manifest.identities)
         plan = self.plan_of(attempt)
+        begins = {revision.from_iteration for revision in plan.shard.revisions}
+        facts: dict = {}
         for number in range(said["from"], said["to"] + 1):
-            size = plan.revision(number).gradient_bytes
-            if said["state"] == "volatile":
-                facts = {"bytes": size, "placed_bytes": size, "missing": [], "reason": said["reason"]}
-            else:
-                facts = {"bytes": size, "placed_bytes": 0, "missing": [[0, size]], "reason": said["reason"]}
+            if not facts or number in begins:
+                size = plan.revision(number).gradient_bytes
+                placed, missing = (size, []) if said["state"] == "volatile" else (0, [[0, size]])
+                facts = {"bytes": size, "placed_bytes": placed, "missing": missing, "reason": said["reason"]}
             yield Iteration(attempt, number, said["state"], said["state"], None, facts)
 
     def require_whole(self) -> None:
@@ -311,6 +313,14 @@ class Directory:
         ways = [s for s in self.manifest.snapshots_of(attempt) if first <= s <= iteration]
         return ways[::-1], {n: entries[n] for n in range(first + 1, iteration + 1)}
 
+    def _lineage(self, attempt: int) -> dict[int, Iteration]:
+        """Return the iterations of an attempt, and of those that it goes on from as far as it does, by number."""
+        if attempt not in self._lineages:
+            limits = self.manifest.lineage(attempt)
+            rows = (row for row in self.iterations if row.number <= limits.get(row.attempt, -1))
+            self._lineages[attempt] = {row.number: row for row in rows}
+        return self._lineages[attempt]
+
     def slot(self, iteration: int, attempt: int | None = None) -> tuple[np.ndarray, Plan, Revision]:
         """Return a logged iteration's gradient as slot data (buckets on their boundaries), its plan and its revision.
 
@@ -318,8 +328,7 @@ class Directory:
             RestoreError: the iteration is not in the log, or incomplete there.
             CheckpointError: a checksum of its record is wrong.
         """
-        limits = self.manifest.lineage(attempt or self.manifest.latest.number)
-        rows = {row.number: row for row in self.iterations if row.number <= limits.get(row.attempt, -1)}
+        rows = self._lineage(attempt or self.manifest.latest.number)
         row = rows.get(iteration)
         if row is None or row.entry is None or row.own == "incomplete":
             self.require_whole()

@@ -3,16 +3,18 @@
 
 import copy
 import json
+import os
 import random
 
 import pytest
 
-from fault_injection.campaign import run_case, run_loss
+from fault_injection.campaign import Plan, _cases, _rows, run_case, run_loss
 from fault_injection.case import Case
 from fault_injection.chain import Chain, Script
 from fault_injection.frames import write_capture
+from fault_injection.jobs import OUTAGE_JOBS, record_job
 from fault_injection.judge import judge
-from fault_injection.kinds import load
+from fault_injection.kinds import Kind, load
 from fault_injection.page import render
 from tests.commands import in_process
 
@@ -25,6 +27,57 @@ def test_promises_are_kept(job, name):
         found = run_case(7, name, number, [job.folder])
         assert found["problems"] == []
         assert found["iterations"] == 8
+
+
+@pytest.fixture(scope="module")
+def outage_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recordings")
+    return [record_job(name, folder, 12, 1) for name in OUTAGE_JOBS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "came_of_it"),
+    [
+        ("long-outage", lambda one: one["committed"] >= 2 and one["waiting"]),
+        ("restarted-equal-numbers", lambda one: one["committed"] == 12),
+    ],
+    ids=["outage", "restart"],
+)
+def test_promises_are_kept_where_numbers_come_again(outage_folders, name, came_of_it):
+    found = [run_case(7, name, number, outage_folders) for number in range(6)]
+    assert [one["problems"] for one in found] == [[]] * 6
+    assert all(map(came_of_it, found))
+
+
+def test_a_kind_whose_cases_cost_more_has_a_share_of_them():
+    kinds = [Kind("cheap", None, None), Kind("dear", None, None, share=0.1)]
+    tasks = _cases(Plan(seed=1), kinds, {"cheap": [], "dear": []}, {"cheap": 60, "dear": 12})
+    counts = {kind.name: sum(task[2] == kind.name for task in tasks) for kind in kinds}
+    assert 60 * counts["cheap"] + 12 * counts["dear"] >= 200_000
+    assert counts["dear"] == pytest.approx(counts["cheap"] / 10, abs=1)
+    asked = _cases(Plan(seed=1, cases=3, first=4), kinds, {"cheap": [], "dear": []}, {"cheap": 60, "dear": 12})
+    assert [task[2:4] for task in asked] == [(kind.name, number) for number in (4, 5, 6) for kind in kinds]
+
+
+def ends(code, *_):
+    os._exit(code)
+
+
+@pytest.mark.slow
+def test_a_case_that_ends_its_process_is_a_finding_and_the_others_go_on():
+    tasks = [(int, str(number)) for number in range(3)] + [(ends, 3, "kind", None)] + [(int, "4")]
+    found = list(_rows(tasks, 2))
+    assert sorted(row for row in found if isinstance(row, int)) == [0, 1, 2, 4]
+    (row,) = (row for row in found if isinstance(row, dict))
+    assert row["unrepaired"] == 1 and "the process ended" in row["problems"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stages_that_are_processes_are_killed(job):
+    found = run_case(7, "killed-processes", 0, [job.folder])
+    assert found["problems"] == [] and found["committed"] == 8
 
 
 def test_a_case_of_the_loss_experiment_counts_what_is_incomplete(job):

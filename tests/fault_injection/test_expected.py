@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fault_injection.case import Case
+from fault_injection.case import Case, Shown
 from fault_injection.expected import expect, must_be_whole
 from fault_injection.frames import Header, mended, read_capture, write_capture
 from fault_injection.jobs import Iteration
 from fault_injection.kinds import load
 from fault_injection.loss import interval, loss_at, row
+from fault_injection.moved import Shift
 
+ACKNOWLEDGEMENT = 17
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
@@ -85,6 +87,28 @@ def test_a_mended_frame_is_what_the_recorder_would_have_sent(job):
     masked[0] |= 0x0F
     masked[1:4], masked[7], masked[46:48], masked[52] = b"\xff" * 3, 0xFF, b"\xff\xff", 0xFF
     assert struct.pack("<I", zlib.crc32(b"\xff" * 8 + masked)) == frame[-4:]
+
+
+def test_frames_moved_on_by_an_iteration_are_numbered_as_the_next_ones(job):
+    for number, link in job.links.items():
+        own = {i: [at for at, n in enumerate(link.iteration) if n == i] for i in (4, 5)}
+        shift = Shift(job, number, *link.carried(own[4]))
+        begin, following = (own[i][0] - 1 for i in (4, 5))  # the first message's credit is right before it
+        for at in range(begin, own[4][-1] + 1):
+            header, other = link.headers[at], link.headers[following + at - begin]
+            if header.opcode == ACKNOWLEDGEMENT:
+                continue
+            moved = shift.of(Shown(link.frames[at], 0, number, at))
+            expected = link.frames[following + at - begin]
+            assert Header.of(moved) == other and mended(moved, header) == moved
+            if link.flow[at] is None:
+                assert moved[header.payload : -4] == expected[header.payload : -4]
+                continue
+            assert moved[header.bth : header.payload] == expected[header.bth : header.payload]
+            flags = [frame[header.payload + 120 : -4] for frame in (moved, expected)]
+            assert [flags[0][i : i + 8] for i in range(0, len(flags[0]), 128)] == [
+                flags[1][i : i + 8] for i in range(0, len(flags[1]), 128)
+            ]
 
 
 def test_captures_are_written_as_they_are_read(job, tmp_path):

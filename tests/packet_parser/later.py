@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
 """A job's frames as they would be had any number of iterations passed before them: what a mirror shows after an outage.
 
-The job is the witness's, which imports no FlowCheck; frames are moved on byte by byte: packet sequence numbers, the flags that
-carry steps, slots' addresses, message numbers in credits, checksums. IPv6 without VLAN.
+The job is the witness's, which imports no FlowCheck; its frames are moved on as the fault campaign moves those of its jobs
+(`fault_injection.moved`). IPv6 without VLAN.
 """
 
 import struct
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from tests.builders import mended
+from fault_injection.frames import Header
+from fault_injection.moved import Mover
 from tests.witness.capture import Capture, Wire
-from tests.witness.payload import STRIDE
 
 BTH = 14 + 40 + 8
+#: A credit of 2.18 or 2.19: address, size, key, requests, tag, index.
+CREDIT = "<QIIIIQ"
 #: Opcodes whose packets have a RETH, and those that have an immediate.
 WITH_RETH, WITH_IMMEDIATE = (6, 10, 11), (9, 11)
 
@@ -79,7 +80,7 @@ class Job:
         capture.all_gather("all_gather count", [self.startup] * job.ranks)
         for iteration in range(1, before + own + 1):
             if iteration == before + 1:
-                known = [(c.step, c.sent, list(c.psn)) for c in capture.connections]
+                known = [(c.sent, list(c.psn)) for c in capture.connections]
             capture.iteration = iteration
             flat = b""
             for number, count in enumerate(counts):
@@ -87,9 +88,9 @@ class Job:
                 flat += capture.all_reduce(f"all_reduce {iteration}.{number}", vectors).numpy().tobytes()
             self.gradients[iteration] = flat
         self.frames = capture.frames
-        self.steps, self.messages, self.packets = {}, {}, {}
-        for index, (c, (step, sent, psn)) in enumerate(zip(capture.connections, known, strict=True)):
-            self.steps[index], self.messages[index] = c.step - step, c.sent - sent
+        self.messages, self.packets = {}, {}
+        for index, (c, (sent, psn)) in enumerate(zip(capture.connections, known, strict=True)):
+            self.messages[index] = c.sent - sent
             self.packets |= {(index, qp): now - then for qp, (now, then) in enumerate(zip(c.psn, psn, strict=True))}
         self.start_psn = start_psn
 
@@ -123,30 +124,11 @@ class Job:
 
     def later(self, frame, turns):
         """Return a frame as it is `turns` times `own` iterations later."""
-        data, at, number = bytearray(frame.data), frame.payload_at, frame.connection
+        number = frame.connection
+        mover = Mover(self.job.protocol, self.capture.connections[number].base, CREDIT)
+        header, messages = Header.of(frame.data), turns * self.messages[number]
         if frame.credit:
-            psn = frame.psn + turns * self.messages[number]
-            index_at = at + {32: 24}[len(data) - 4 - at]
-            index = int.from_bytes(data[index_at : index_at + 8], "little") + turns * self.messages[number]
-            data[index_at : index_at + 8] = index.to_bytes(8, "little")
-            address = int.from_bytes(data[at : at + 8], "little")
-            data[at : at + 8] = self._moved(address, number, turns).to_bytes(8, "little")
+            data = mover.credits(frame.data, header, messages)
         else:
-            psn = frame.psn + turns * self.packets[number, frame.queue_pair]
-            if frame.has_reth and (address := int.from_bytes(data[BTH + 12 : BTH + 20])):
-                data[BTH + 12 : BTH + 20] = self._moved(address, number, turns).to_bytes(8)
-            content, steps = np.frombuffer(data[at:-4], np.uint8).copy(), turns * self.steps[number]
-            if self.job.protocol == "ll":
-                content.view("<u4").reshape(-1, 4)[:, 1::2] += np.uint32(steps % 2**32)
-            elif self.job.protocol == "ll128":
-                content.view("<u8").reshape(-1, 16)[:, 15] += np.uint64(steps)
-            data[at:-4] = content.tobytes()
-        data[BTH + 9 : BTH + 12] = (psn % 2**24).to_bytes(3)
-        moved = frame.iteration + turns * self.own
-        return Frame(mended(data), number, frame.queue_pair, frame.credit, moved)
-
-    def _moved(self, address, number, turns):
-        """Return a slot's address, so many turns on."""
-        base, stride = self.capture.connections[number].base, STRIDE[self.job.protocol]
-        slot, offset = divmod(address - base, stride)
-        return base + (slot + turns * self.steps[number]) % 8 * stride + offset
+            data = mover.data(frame.data, header, turns * self.packets[number, frame.queue_pair], messages)
+        return Frame(data, number, frame.queue_pair, frame.credit, frame.iteration + turns * self.own)
