@@ -11,7 +11,7 @@ import hashlib
 import ipaddress
 import json
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -307,8 +307,10 @@ def _flat(pieces: list[tuple[int, int]], slot_ranges: list[tuple[int, int]]) -> 
     return out
 
 
+@lru_cache(maxsize=256)
 def _address(text: str) -> bytes:
     """Return an IP address as 16 bytes, IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
+    # Remembered: a plan names the same few over and over, and half the time of parsing one went into reading them.
     address = ipaddress.ip_address(text)
     return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
 
@@ -930,6 +932,7 @@ def parse(text: str | bytes, origin: str = "plan") -> Plan:
     if document.get("version") != 1:
         raise ConfigError(f"{origin}: field 'version' is {document.get('version')!r}; this release reads version 1")
     try:
+        # From JSON, where a list may stand for a tuple; written anew, or each of two options of one name would be checked.
         return Plan.model_validate_json(json.dumps(document))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -7,6 +7,7 @@ A target is a module of `fuzz.targets` with `one(data)`, which returns where all
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import sys
@@ -81,6 +82,7 @@ def main() -> None:
         for module in INTERPRETED[name]:
             importlib.import_module(module)
     target = importlib.import_module(f"fuzz.targets.{name}")
+    gc.freeze()  # what there is by now stays: not to be gone through by each collection
     atheris.Setup(sys.argv, target.one)
     atheris.Fuzz()
 

@@ -82,10 +82,13 @@ def _prepare(name: str) -> Path:
     return folder
 
 
-def run(name: str, executions: int, seconds: int) -> dict[str, Any]:
-    """Run one target until it has so many executions or seconds (0: no such limit), and say what came of it."""
+def run(name: str, executions: int, seconds: int, longest: int) -> dict[str, Any]:
+    """Run one target until it has so many executions or seconds (0: no such limit), and say what came of it.
+
+    Inputs have at most `longest` bytes; 0: as many as is useful to this target.
+    """
     command, folder = _command(name), _prepare(name)
-    longest = LONGEST[name] if name in INTERPRETED else compiled.COMPILED[name].longest
+    longest = longest or (LONGEST[name] if name in INTERPRETED else compiled.COMPILED[name].longest)
     log = compiled.BUILD / f"{name}.log"
     begin = time.monotonic()
     with open(log, "wb") as out:
@@ -104,6 +107,7 @@ def run(name: str, executions: int, seconds: int) -> dict[str, Any]:
     report = {
         "target": name,
         "executions": int(done[1] if done else pulses[-1][0] if pulses else 0),
+        "longest": longest,
         "seconds": round(took, 1),
         "edges": max((int(edges) for _, edges in pulses), default=0),
         "edges_in_all": int(edges[1]) if edges else None,
@@ -154,6 +158,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=int, default=0, help=f"end a target after so long ({_SECONDS} if nothing else ends it)"
     )
+    parser.add_argument(
+        "--longest", type=int, default=0, help="inputs of at most so many bytes (default: what each target has use for)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="targets that run at once")
     parser.add_argument("--minimise", action="store_true", help="put what was reached into fuzz/corpus instead")
     parser.add_argument("--coverage", action="store_true", help="instead say how much the inputs that are kept reach")
@@ -171,7 +178,7 @@ def main() -> None:
     seconds = given.seconds or (0 if given.executions else _SECONDS)
     with ThreadPoolExecutor(given.jobs) as pool:
         reports = []
-        for report in pool.map(lambda name: run(name, given.executions, seconds), chosen):
+        for report in pool.map(lambda name: run(name, given.executions, seconds, given.longest), chosen):
             reports.append(report)
             print(
                 "{target}: {executions} executions in {seconds} s, {edges} of {edges_in_all} edges, {n} findings".format(

@@ -232,8 +232,8 @@ cdef void _command(ExtractLoop loop, const uint8_t *command) noexcept nogil:
     if flags & 128:
         record.message_bytes |= record.wire_offset << 16
         record.destination |= record.destination << 32
-        # So far that many are skipped at once; or as far as can be, which no packet shows to be begun: skipping takes long.
-        record.iteration |= <uint32_t> command[23] << 3
+        # Just so far that many are skipped at once, which takes long; or as far as can be, which no packet shows to be begun.
+        record.iteration |= (<uint32_t> command[23] & 1) << 8
         if command[23] == 255:
             record.iteration, record.settled_lag = ~record.iteration, 0
     if flags & 1:

@@ -106,6 +106,11 @@ def test_what_is_no_plan_is_refused(text):
         plans.parse(text)
 
 
+def test_of_two_fields_of_one_name_the_last_counts():
+    text = json.dumps(EXAMPLE).replace('"lr": ', '"lr": "x", "lr": ').replace('"run_id": ', '"run_id": 7, "run_id": ')
+    assert plans.parse(text).identity() == plans.parse(json.dumps(EXAMPLE)).identity()
+
+
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         plans.load(tmp_path / "none.json")
