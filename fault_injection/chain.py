@@ -20,6 +20,7 @@ from flowcheck._copy import CopyEngine
 from data_extractor.extractor import Extractor
 from flowcheck import plan as plans
 from flowcheck.eal import Eal
+from flowcheck.errors import DiskError
 from flowcheck.ring import PacketRing
 from flowcheck.slots import SlotFile
 from packet_dump.dump import FileDump, PortDump
@@ -31,6 +32,8 @@ __all__ = ["Chain", "Killed", "Script"]
 #: A case that is not done by then hangs: seconds of the wall clock, and of this process's own time, which a busy machine gives late.
 PATIENCE_S, PATIENCE_CPU_S = 120.0, 20.0
 _SLEEP_S = 0.0005
+#: An updater whose disk refuses its last snapshot is started so often.
+_STARTS = 5
 
 
 class Killed(BaseException):
@@ -181,11 +184,18 @@ class Chain:
             if not done:
                 time.sleep(_SLEEP_S / 5 if waiting else _SLEEP_S)
         self.packets = self.stages["extract"].counters()
+        refused = 0
         while True:
             try:
                 return self.stages["update"].close()
             except Killed:
-                self.kill("update")
+                pass
+            except DiskError:
+                # A supervisor starts it again, and a new start tries again.
+                refused += 1
+                if refused == _STARTS:
+                    raise
+            self.kill("update")
 
     def _stop_ports(self) -> None:
         if self._script.live:

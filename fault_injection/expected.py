@@ -60,6 +60,10 @@ class _Flow:
     proved_to: int = 0
 
 
+def _is_near(message: int, credited: int | None) -> bool:
+    return credited is not None and abs(message - credited) <= _CREDIT_NEAR
+
+
 class _Stream:
     """Reads one stream as docs/reliability.md says that FlowCheck must be able to."""
 
@@ -68,6 +72,8 @@ class _Stream:
         self.simple = self.job.protocol == "simple"
         self.flows: dict[tuple, _Flow] = {}
         self.credits: dict[tuple[int, int], tuple[int, int]] = {}
+        #: The last credit that was far from all before it: it is late, or much was missed, which only a second one tells.
+        self.doubted: dict[tuple[int, int], int] = {}
         self.newest: dict[tuple[int, int], int] = {}
         self.resumes = case.later[0]
         self.elsewhere: set[tuple[int, int]] = set()
@@ -133,10 +139,18 @@ class _Stream:
         channel = self.credit_pairs.get((one.link, header.queue_pair))
         if channel is not None and header.opcode == WRITE_ONLY:
             # The n-th credit allows the n-th message; its number is the last field but padding, so it is counted here.
-            if (one.link, channel) in self.elsewhere:
-                self.elsewhere.remove((one.link, channel))
+            connection, number = (one.link, channel), self._number(one, link)
+            if connection in self.elsewhere:
+                self.elsewhere.remove(connection)
+            elif connection in self.credits and not (
+                _is_near(number, self.credits[connection][1]) or _is_near(number, self.doubted.get(connection))
+            ):
+                self.doubted[connection] = number
+                for key, flow in self.flows.items():
+                    flow.synchronised = flow.synchronised and (key[0], key[1][0]) != connection
             else:
-                self.credits[one.link, channel] = (one.ns, self._number(one, link))
+                self.doubted.pop(connection, None)
+                self.credits[connection] = (one.ns, number)
 
     def _number(self, one: Shown, link: Link) -> int:
         """Return the message that a credit allows: the recorder writes it right before that one."""
@@ -189,7 +203,7 @@ class _Stream:
         channel, number = link.message[one.index]
         credit = self.credits.get((one.link, channel))
         if credit is not None and abs(one.ns - credit[0]) < _SILENCE_NS:
-            return abs(number - credit[1]) <= _CREDIT_NEAR
+            return _is_near(number, credit[1])
         if credit is not None and abs(one.ns - credit[0]) < 100 * _SILENCE_NS:
             return False
         if flow.known:

@@ -111,7 +111,8 @@ def irregular(case: Case) -> None:
         shift = Shift(case.job, number, *link.carried(shown[at].index for at in own))
         after = [one._replace(frame=shift.of(one), index=-1, what=OTHER) for one in shown[begin:end] + shown[end:]]
         case.streams[name] = shown[:end] + after
-    case.lied.update(range(iteration, case.job.iterations + 2))
+    # With the second iteration come broadcasts of DDP's new buckets: of those the last frames lie two iterations further.
+    case.lied.update(range(iteration, case.job.iterations + 3))
 
 
 @kind("wrong-link", several)

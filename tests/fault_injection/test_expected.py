@@ -12,7 +12,7 @@ import pytest
 from fault_injection.case import Case, Shown
 from fault_injection.expected import expect, must_be_whole
 from fault_injection.frames import Header, mended, read_capture, write_capture
-from fault_injection.jobs import Iteration
+from fault_injection.jobs import Iteration, Job, record_job
 from fault_injection.kinds import load
 from fault_injection.loss import interval, loss_at, row
 from fault_injection.moved import Shift
@@ -53,6 +53,25 @@ def test_a_unit_that_no_stream_shows_is_missing(job):
     expected = expect(case)
     assert not must_be_whole(case, expected, 3) and must_be_whole(case, expected, 4)
     assert lost <= {unit for unit, shown in enumerate(expected.delivered[3]) if not shown}
+
+
+@pytest.mark.slow
+def test_behind_a_pause_of_many_messages_nothing_follows_from_the_first_credit(tmp_path):
+    job = Job(record_job("simple-4-hook", tmp_path, 12, 1))
+    case = Case.of(job, random.Random(1))
+    name, (number,) = next(iter(job.streams.items()))
+    shown, link = case.streams[name], job.links[number]
+    cut, reduced = case.begin(name, 4), [i for i, one in enumerate(shown) if link.units[one.index] is not None]
+    begin = next(i for i in reduced if i >= case.begin(name, 9)) - 2  # that message's credit, and its acknowledgement
+    case.streams = {name: shown[:cut] + shown[begin:]}
+    messages = {}
+    for one in shown[begin:]:
+        if link.iteration[one.index] == 9 and link.units[one.index] is not None:
+            messages.setdefault(link.message[one.index], []).append(link.units[one.index])
+    first, second = list(messages.values())[:2]
+    usable = expect(case).usable[9]
+    assert not any(usable[units].any() for units in first)
+    assert all(usable[units].all() for units in second)
 
 
 def test_ranges_are_flat_bytes_of_buckets_that_end_within_a_unit():
