@@ -85,6 +85,15 @@ def _scratch() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
+def _case(seed: int, name: str, number: int) -> str:
+    """Return the options that repeat a case; `_document` puts --quick before them, which has jobs of its own."""
+    return f"--seed {seed} --only {name} --case {number}"
+
+
+def _loss_case(seed: int, streams: int, loss: float, number: int) -> str:
+    return f"loss of {loss:g} on {streams} streams, seed {seed}, case {number}"
+
+
 def run_case(seed: int, name: str, number: int, folders: list[Path]) -> dict[str, Any]:
     """Run one case; return its kind, job, what came of it (`Verdict` as a dictionary), and seconds."""
     from fault_injection.case import Case
@@ -102,8 +111,7 @@ def run_case(seed: int, name: str, number: int, folders: list[Path]) -> dict[str
     case = Case.of(job, rng)
     kind.spoil(case)
     verdict = _judged(case, rng)
-    where = f"--seed {seed} --only {name} --case {number} ({job.name})"
-    verdict.problems = [f"{where}: {problem}" for problem in verdict.problems]
+    verdict.problems = [f"{_case(seed, name, number)} ({job.name}): {problem}" for problem in verdict.problems]
     return {"name": name, "job": job.name, **asdict(verdict), "seconds": time.monotonic() - begun}
 
 
@@ -120,7 +128,7 @@ def run_loss(seed: int, streams: int, loss: float, number: int, folder: Path) ->
     verdict = _judged(case, rng, base=False)
     counted = range(2, job.iterations)  # the first one's buckets are others; the last one's record nobody repeats
     lost = len(set(counted) & set(verdict.lost))
-    where = f"loss of {loss:g} on {streams} streams, seed {seed}, case {number}"
+    where = _loss_case(seed, streams, loss, number)
     verdict.problems = [f"{where}: {problem}" for problem in verdict.problems]
     own = {"point": (streams, loss), "trials": len(counted), "lost": lost}
     return {"name": "loss", "job": job.name, **asdict(verdict), **own, "seconds": time.monotonic() - begun}
@@ -203,9 +211,9 @@ def _ended(task: tuple, error: BaseException) -> dict[str, Any]:
     from fault_injection.judge import Verdict
 
     what, *arguments = task
-    name = LOSS if what is run_loss else arguments[1]
+    name, which = (LOSS, _loss_case) if what is run_loss else (arguments[1], _case)
     verdict = Verdict()
-    verdict.note("unrepaired", f"{arguments[:-1]}: the process ended: {error}")
+    verdict.note("unrepaired", f"{which(*arguments[:-1])}: the process ended: {error}")
     own = {"point": tuple(arguments[1:3]), "trials": 0, "lost": 0} if what is run_loss else {}
     return {"name": name, "job": "", **asdict(verdict), **own, "seconds": 0.0}
 
@@ -346,9 +354,8 @@ def _document(plan: Plan, kinds: list[str], rows: list[dict], recorded: float, s
         own = [row for row in rows if row["name"] == name]
         sums = {key: sum(row[key] for row in own) for key in _SUMS}
         sums["seconds"] = round(sums["seconds"], 2)
-        faults.append(
-            {"name": name, "cases": len(own), **sums, "problems": [p for row in own for p in row["problems"]][:20]}
-        )
+        problems = [f"{'--quick ' * plan.quick}{problem}" for row in own for problem in row["problems"]]
+        faults.append({"name": name, "cases": len(own), **sums, "problems": problems[:20]})
     total = {key: sum(fault[key] for fault in faults) for key in _SUMS if key != "seconds"}
     total["unaccounted_packets"] = total.pop("unaccounted")
     return {

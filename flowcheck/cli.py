@@ -69,12 +69,7 @@ def inspect(capture: Path, messages: bool, as_json: bool) -> None:
     help="The capture of a stream of the plan; once per stream.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Checkpoint directory.")
-@click.option(
-    "--keep-gradients",
-    is_flag=True,
-    expose_value=False,
-    help="Keep every gradient; this release, which removes none, always does.",
-)
+@click.option("--keep-gradients", is_flag=True, help="Remove nothing, whatever the plan's rules of retention.")
 @click.option(
     "--dma",
     multiple=True,
@@ -85,7 +80,13 @@ def inspect(capture: Path, messages: bool, as_json: bool) -> None:
 @json_option
 @debug_option
 def replay(
-    plan: Path, captures: dict[str, Path], out: Path, dma: tuple[str, ...], require_complete: bool, as_json: bool
+    plan: Path,
+    captures: dict[str, Path],
+    out: Path,
+    keep_gradients: bool,
+    dma: tuple[str, ...],
+    require_complete: bool,
+    as_json: bool,
 ) -> None:
     """Run captures through the whole pipeline into a checkpoint directory.
 
@@ -97,7 +98,7 @@ def replay(
     from flowcheck.tables import frame_progress, print_iterations
 
     with frame_progress() as progress:
-        report = run(plan, captures, out, dma=dma, progress=progress)
+        report = run(plan, captures, out, keep_gradients=keep_gradients, dma=dma, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -219,7 +220,7 @@ def verify(directory: Path, as_json: bool) -> None:
 @json_option
 @debug_option
 def diff(first: str, second: str, as_json: bool) -> None:
-    """Compare two checkpoints tensor by tensor, bit by bit; A and B are DIR@N, a torch or a safetensors file.
+    """Compare two checkpoints tensor by tensor, bit by bit; A and B are DIR@N (DIR: its latest), a torch or a safetensors file.
 
     Optimizers are compared where both have one; that of a safetensors file lies in a second file beside it. Unequal:
     status 6.

@@ -25,7 +25,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     """
     import torch
 
+    options = [set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for own, group in zip(options, optimizer.param_groups, strict=True):
+        if own - set(group):
+            raise ValueError(f"it has no option {min(own - set(group))!r}; is it another optimizer's?")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):

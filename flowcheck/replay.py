@@ -46,6 +46,7 @@ def replay(
     captures: dict[str, str | Path],
     out: str | Path,
     *,
+    keep_gradients: bool = False,
     dma: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def replay(
         plan_path: the job plan.
         captures: stream name to capture file; every stream of the plan needs one.
         out: the checkpoint directory, made if absent, gone on with if it is this job's.
+        keep_gradients: remove nothing, whatever the plan's retention.
         dma: device arguments of DMA engines for all copies; none: the CPU copies.
         progress: called with (frames done, frames in all) now and then.
 
@@ -66,6 +68,9 @@ def replay(
         CaptureError: a capture that cannot be read to its end; nothing has been written then.
     """
     plan = plans.load(plan_path)
+    if keep_gradients:
+        checkpoints = plan.checkpoints.model_copy(update={"retention": plans.Retention()})
+        plan = plan.model_copy(update={"checkpoints": checkpoints})
     paths = {name: Path(path) for name, path in captures.items()}
     _check_streams(plan, paths)
 

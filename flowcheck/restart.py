@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowcheck import attempts, describe
-from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
+from flowcheck.errors import ConfigError, FlowCheckError
+from flowcheck.files import read_torch
 from flowcheck.optimizer_state import load_optimizer
 
 if TYPE_CHECKING:
@@ -91,19 +92,15 @@ def resume(
 
 def _read(path: Path) -> dict[str, Any]:
     """Return a checkpoint as a dictionary with "model", "optimizer", "iteration" and, where known, "buckets"."""
-    import torch
-
     in_directory = _IN_DIRECTORY.fullmatch(str(path))
     if path.is_dir() or (in_directory and Path(in_directory[1]).is_dir()):
         from updater.restore import restore
 
         return restore(path) if path.is_dir() else restore(in_directory[1], int(in_directory[2]))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the checkpoint: {error.strerror or error}") from error
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise CheckpointError(f"{path}: no torch file: {str(error).splitlines()[0]}", str(path)) from error
     if not isinstance(state, dict) or not {"model", "optimizer", "iteration"} <= set(state):
         raise ConfigError(f"{path}: expected a dictionary with 'model', 'optimizer' and 'iteration'")
     _check_origin(path, state)

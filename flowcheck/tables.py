@@ -31,10 +31,14 @@ __all__ = [
 ]
 
 
+#: Texts are printed as they are: else `:100:` in an address would be drawn as an emoji, and `[a]` in a path left out.
+_PLAIN = {"markup": False, "emoji": False}
+
+
 def _console() -> Console:
     """Return stdout as a console; a file or a pipe has no width, and gets every column whole."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = Console(**_PLAIN)
+    return console if console.is_terminal else Console(width=200, **_PLAIN)
 
 
 def _bar() -> Progress:
@@ -285,7 +289,7 @@ def _status_line(report: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def live_status(every_s: float = 5.0) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
     """Yield (show, say) for a live run: one table that is drawn anew on a terminal, else a line every `every_s` seconds."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, **_PLAIN)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             yield (lambda report: live.update(_status_tables(report), refresh=True)), live.console.print

@@ -19,7 +19,7 @@ __all__ = ["main"]
 @click.option("--stream", required=True, metavar="NAME", help="The plan's name of the stream.")
 @click.option("--capture", type=click.Path(path_type=Path), help="Dump this pcap or pcapng file.")
 @click.option("--interface", metavar="IF", help="Dump this interface of the kernel, by DPDK's af_packet driver.")
-@click.option("--port", metavar="DEVARGS", help="Dump this DPDK port, e.g. net_af_xdp0,iface=mon0 or 0000:81:00.0.")
+@click.option("--port", metavar="DEVARGS", help="Dump this DPDK port, e.g. 0000:81:00.0.")
 @click.option(
     "--ring",
     "ring_path",
@@ -57,7 +57,7 @@ def main(
 
     from flowcheck._copy import CopyEngine
 
-    from flowcheck import privileges
+    from flowcheck import interfaces, privileges
     from flowcheck.capture import validate
     from flowcheck.eal import Eal
     from flowcheck.errors import ConfigError
@@ -76,6 +76,8 @@ def main(
             )
     if capture is not None:
         validate(capture)  # before anything is made
+    elif interface is not None:
+        interfaces.check(interface)
     environment = Eal.start(eal)
     with PacketRing.for_stream(ring_path, job, stream, records) as ring, closing(CopyEngine(dma)) as engine:
         if capture is not None:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowcheck.errors import CheckpointError, ConfigError, DifferenceError
+from flowcheck.files import read_torch
 from flowcheck.plan import Plan
 from flowcheck.run_folder import state_name
 from updater.model_state import ModelState
@@ -40,12 +39,9 @@ def load_base(path: Path, plan: Plan) -> Base:
         CheckpointError: it cannot be read as a torch file.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_torch(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the state: {error.strerror or error}") from error
-    except Exception as error:  # torch raises whatever its unpickler meets
-        first = (str(error) or "empty").splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as a torch file: {first}", str(path)) from error
     _check(path, found)
     _check_attempt(path, found, plan)
     state = ModelState(plan)

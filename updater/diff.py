@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.files import read_torch
 from updater.restore import restore_state
 from updater.safetensors_file import is_safetensors, read_safetensors
 from updater.state_difference import differences, flatten
@@ -54,11 +54,9 @@ def _load(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if is_safetensors(path):
         return read_safetensors(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{name}: cannot be read as a torch file: {(str(error) or 'empty').splitlines()[0]}", name
-        ) from error
+        found = read_torch(path)
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read: {error.strerror or error}", name) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name}: holds a {type(found).__name__}, expected a dictionary of tensors", name)
     model = found.get("model", found)

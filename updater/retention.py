@@ -252,14 +252,17 @@ def pin(folder: Path, iteration: int, attempt: int | None = None, *, remove: boo
         ConfigError: another process writes to the directory.
         RestoreError: the iteration cannot be restored, or was not pinned.
     """
+    Manifest.load(folder)  # before a folder that is none is locked
     lock = lock_directory(folder)
     try:
         directory = Directory(folder)
         manifest, possible = directory.manifest, directory.restorable(attempt)
         pinned = {i: a for a, i in manifest.pinned if attempt in (None, a)} if remove else possible
         if iteration not in pinned:
-            what = "is not pinned" if remove else "cannot be restored"
-            raise RestoreError(f"{folder}: iteration {iteration} {what}; {nearest(pinned, iteration)}")
+            if remove:
+                there = ", ".join(map(str, sorted(pinned))) or "none"
+                raise RestoreError(f"{folder}: iteration {iteration} is not pinned; pinned are: {there}")
+            raise RestoreError(f"{folder}: iteration {iteration} cannot be restored; {nearest(pinned, iteration)}")
         key = pinned[iteration], iteration
         (manifest.pinned.discard if remove else manifest.pinned.add)(key)
         manifest.store()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import torch
 
 from flowcheck import audit
 from flowcheck.errors import CheckpointError, ConfigError
+from flowcheck.files import read_torch
 from flowcheck.plan import Plan, Revision
 from flowcheck.step_record import Step
 from updater import arithmetic
@@ -101,9 +101,9 @@ class Shadow:
     def begin_from_file(self, path: Path) -> None:
         """Take the state before the attempt's first step from a torch file; ConfigError if it holds none."""
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{path}: cannot read the initial state: {str(error).splitlines()[0]}") from error
+            found = read_torch(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the initial state: {error.strerror or error}") from error
         if not isinstance(found, dict):
             raise ConfigError(
                 f"{path}: the initial state is a {type(found).__name__}, expected a dictionary with 'model'"

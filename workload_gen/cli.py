@@ -30,7 +30,7 @@ def _links(_context: click.Context, _parameter: click.Parameter, value: str | No
     try:
         return tuple(int(word) for word in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of link numbers such as 0,3") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,3") from None
 
 
 _JOB = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch.nn.parallel import DistributedDataParallel
 
 import flowcheck
@@ -115,8 +116,8 @@ class Recording:
             document["link_gbps"] = FABRIC_GBPS
         try:
             return plans.Layout.model_validate_json(json.dumps(document))
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()[2].strip().removeprefix("Value error, ")) from error
+        except ValidationError as error:
+            raise ConfigError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
 
     def run_id(self) -> str:
         """Return the name of a run that begins with this job."""

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import flowcheck
 from flowcheck import describe, schedule
 from flowcheck import plan as plans
-from flowcheck.errors import ConfigError, FlowCheckError
+from flowcheck.errors import CheckpointError, ConfigError, FlowCheckError
 from flowcheck.run_folder import PLAN
 from workload_gen import backend, recorded_plan
 from workload_gen.frame_index import IndexedTap
@@ -210,7 +211,27 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
             f"links {list(links)}: a ring of {recording.ranks} ranks has links 0 to {recording.ranks - 1}"
         )
     recording.layout()
+    existed, trained = out.exists(), 0
     (out / "truth").mkdir(parents=True, mode=0o700, exist_ok=True)
+
+    def note(done: int) -> None:
+        nonlocal trained
+        trained = done
+        if progress is not None:
+            progress(done, recording.iterations)
+
+    try:
+        digests = _train(recording, links, note)
+    except (CheckpointError, ConfigError):
+        if not trained and not follows:  # it could not begin: a corrected call may have the folder
+            _clear(out, and_itself=not existed)
+        raise
+    if len(set(digests)) != 1:
+        raise FlowCheckError("the ranks ended with different parameters")
+
+
+def _train(recording: Recording, links: tuple[int, ...], progress: Callable[[int], None]) -> list[str]:
+    """Run the ranks to their end; return the digest of each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["workload_gen.record"])
     with tempfile.TemporaryDirectory(prefix="flowcheck-record-") as folder:
@@ -223,14 +244,19 @@ def record(recording: Recording, progress: Callable[[int, int], None] | None = N
             theirs.close()
             pipes.append(pipe)
         try:
-            digests = _follow(pipes, lambda done: progress and progress(done, recording.iterations))
+            return _follow(pipes, progress)
         finally:
             for process in processes:
                 process.join(None if len(pipes) == 0 else 0.1)
                 process.kill()
                 process.join()
-    if len(set(digests)) != 1:
-        raise FlowCheckError("the ranks ended with different parameters")
+
+
+def _clear(folder: Path, *, and_itself: bool) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if and_itself:
+        folder.rmdir()
 
 
 def _follow(pipes: list[Any], progress: Callable[[int], None]) -> list[str]:

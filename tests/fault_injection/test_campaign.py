@@ -5,15 +5,16 @@ import copy
 import json
 import os
 import random
+from dataclasses import asdict
 
 import pytest
 
-from fault_injection.campaign import Plan, _cases, _rows, run_case, run_loss
+from fault_injection.campaign import Plan, _cases, _document, _rows, run_case, run_loss
 from fault_injection.case import Case
 from fault_injection.chain import Chain, Script
 from fault_injection.frames import write_capture
 from fault_injection.jobs import OUTAGE_JOBS, record_job
-from fault_injection.judge import judge
+from fault_injection.judge import Verdict, judge
 from fault_injection.kinds import Kind, load
 from fault_injection.page import render
 from tests.commands import in_process
@@ -66,11 +67,20 @@ def ends(code, *_):
 
 @pytest.mark.slow
 def test_a_case_that_ends_its_process_is_a_finding_and_the_others_go_on():
-    tasks = [(int, str(number)) for number in range(3)] + [(ends, 3, "kind", None)] + [(int, "4")]
+    tasks = [(int, str(number)) for number in range(3)] + [(ends, 3, "kind", 5, None)] + [(int, "4")]
     found = list(_rows(tasks, 2))
     assert sorted(row for row in found if isinstance(row, int)) == [0, 1, 2, 4]
     (row,) = (row for row in found if isinstance(row, dict))
-    assert row["unrepaired"] == 1 and "the process ended" in row["problems"][0]
+    assert row["unrepaired"] == 1 and row["problems"][0].startswith("--seed 3 --only kind --case 5: the process ended")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_line_of_the_report_names_the_options_that_repeat_its_case(quick):
+    verdict = Verdict(problems=["--seed 1 --only drop --case 3 (ll-2): iteration 4 has other bits"])
+    row = {"name": "drop", "job": "ll-2", **asdict(verdict), "seconds": 0.0}
+    document = _document(Plan(seed=1, quick=quick), ["drop"], [row], 0.0, 0.0)
+    (line,) = document["faults"][0]["problems"]
+    assert line.startswith("--quick --seed 1 --only drop --case 3 " if quick else "--seed 1 --only drop --case 3 ")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import wire
+from tests.commands import in_process
 
 PLANS = Path(__file__).parents[2] / "examples" / "captures"
 BOTHWAYS = "ll-1ch-5000f-20iter-bothways-mtu4096"
@@ -59,6 +60,22 @@ def test_twenty_iterations_of_a_real_job_are_committed(bothways):
         (i["iteration"], i["state"], i["bytes"], i["placed_bytes"], i["missing"]) for i in report["iterations"]
     ] == [(n, "committed", 20000, 20000, []) for n in range(1, 21)]
     assert report["snapshots"][0] == 0 and report["snapshots"][-1] == 20
+
+
+def test_retention_removes_old_gradients_unless_all_are_to_be_kept(captures, tmp_path):
+    plan = json.loads((PLANS / f"{BOTHWAYS}.json").read_text())
+    plan["checkpoints"] = {"snapshot_iterations": 2, "retention": {"last_iterations": 2}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    stream = f"host0={captures / BOTHWAYS}.pcapng"
+
+    def logs(*options):
+        out = tmp_path / f"out{len(options)}"
+        done = in_process("replay", tmp_path / "plan.json", "--stream", stream, "--out", out, *options)
+        assert done[0] == 0, done
+        return [in_process("gradient", out, "--iteration", n, "--out", tmp_path / "g.npy")[0] for n in (1, 20)]
+
+    assert logs() == [1, 0]
+    assert logs("--keep-gradients") == [0, 0]
 
 
 def test_every_packet_of_a_real_job_is_accounted_for(bothways, captures):

@@ -155,6 +155,7 @@ def test_an_interface_that_cannot_be_dumped_is_a_device_error(tmp_path):
         return run(*prefix, *words, status=4)
 
     assert "no interface 'fcnone'" in dump("fcnone")
+    assert not (tmp_path / "ring").exists()
     with network.cable() as (near, far):
         bare = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--")
         assert "no permission for raw frames" in dump(far, bare)

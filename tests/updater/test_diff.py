@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Comparing safetensors files, and refusing those that are cut or no pair."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -27,6 +29,21 @@ def test_diff_reads_safetensors(tmp_path):
     assert diff(a, b) == {"equal": True, "tensors": len(state().model), "different": []}
     (tmp_path / "b.safetensors").rename(tmp_path / "plain.name")
     assert diff(a, str(tmp_path / "plain.name"))["equal"]
+
+
+def test_a_file_that_is_no_torch_file_is_refused_and_nobody_told_to_unpickle_it(tmp_path):
+    plain = tmp_path / "plain.pt"
+    plain.write_bytes(bytes(range(256)))
+    whole = tmp_path / "whole.pt"
+    torch.save({"model": {"a": torch.zeros(100)}}, whole)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    objects = tmp_path / "objects.pt"
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Path()}, objects)
+    for path in (plain, cut, objects):
+        done = CliRunner().invoke(main, ["diff", str(path), str(whole)], catch_exceptions=False)
+        assert done.exit_code == 5 and done.stderr.count("\n") == 1
+        assert f"{path.name}: cannot be read as a torch file" in done.stderr and "weights_only" not in done.stderr
 
 
 def test_diff_refuses_what_is_cut_or_not_a_pair(tmp_path):

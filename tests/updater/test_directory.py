@@ -153,6 +153,8 @@ class TestRetention:
             assert same(restore(out, iteration), truth.states[iteration]) == [], iteration
         assert json.loads(flowcheck("prune", out, "--json"))["removed"] == []  # the plan has no rule
         flowcheck("pin", out, 8, "--remove")
+        assert "not pinned; pinned are: none" in flowcheck("pin", out, 8, "--remove", status=1)
+        assert "manifest.json" in flowcheck("pin", tmp_path / "none", 8, status=5)
         flowcheck("prune", out, "--last-iterations", 1)
         left = Directory(out).restorable()
         assert 60 in left and 8 not in left and verify(out)["ok"]

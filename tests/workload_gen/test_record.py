@@ -14,7 +14,7 @@ from scapy.contrib.roce import BTH
 from scapy.layers.l2 import Ether
 from scapy.utils import PcapNgReader
 
-from flowcheck.errors import FlowCheckError
+from flowcheck.errors import ConfigError, FlowCheckError
 from tests.pipeline.recordings import check, recorded, same, shadowed
 from updater.export import export
 from updater.restore import restore_state
@@ -129,6 +129,16 @@ def test_resuming_with_other_buckets_is_refused(tmp_path):
         recorded(tmp_path / "rest", **options, bucket_mb=25.0, resume=f"{tmp_path / 'checkpoints'}@3")
 
 
+def test_resuming_with_another_optimizer_is_refused_and_leaves_nothing(tmp_path):
+    options = {"ranks": 2, "iterations": 2}
+    whole = recorded(tmp_path / "whole", **options, optimizer="adamw")
+    (tmp_path / "there").mkdir()
+    for out, left in ((tmp_path / "there", True), (tmp_path / "rest", False)):
+        with pytest.raises(ConfigError, match=r"no option '\w+'; is it another optimizer's"):
+            record(Recording(out=out, **options, optimizer="sgd", resume=whole / "truth" / "iteration-000001.pt"))
+        assert out.exists() == left and not list(tmp_path.glob(f"{out.name}/*"))
+
+
 @pytest.mark.parametrize("ip", [4, 6])
 def test_frames_are_what_scapy_builds_from_their_fields(tmp_path, ip):
     record(Recording(out=tmp_path / "r", iterations=1, ip=ip))
@@ -162,7 +172,8 @@ def test_options_that_cannot_be_are_refused(tmp_path):
     ):  # fmt: skip
         done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
         assert done.returncode == status, (words, done.stderr)
-    assert not (tmp_path / "r" / "plan.json").exists()
+        assert "pydantic" not in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "r").exists(), words
 
 
 def peak_kib(*arguments):
