@@ -213,7 +213,8 @@ def _ended(task: tuple, error: BaseException) -> dict[str, Any]:
     what, *arguments = task
     name, which = (LOSS, _loss_case) if what is run_loss else (arguments[1], _case)
     verdict = Verdict()
-    verdict.note("unrepaired", f"{which(*arguments[:-1])}: the process ended: {error}")
+    verdict.note("unrepaired", f"the process ended: {error}")
+    verdict.problems = [f"{which(*arguments[:-1])}: {problem}" for problem in verdict.problems]
     own = {"point": tuple(arguments[1:3]), "trials": 0, "lost": 0} if what is run_loss else {}
     return {"name": name, "job": "", **asdict(verdict), **own, "seconds": 0.0}
 
