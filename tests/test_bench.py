@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.yardsticks import PIECE, Yardsticks
+
 CODE = (
     "from bench import bench; bench.ELEMENTS, bench.RUNS, bench.PAIRS = 200_000, 2, 2; raise SystemExit(bench.main())"
 )
@@ -31,6 +33,30 @@ def test_every_stage_has_a_figure_and_a_yardstick(tmp_path):
         assert {"name", "value", "unit", "yardstick", "yardstick_value", "ratio", "runs", "spread"} <= set(row)
         assert row["value"] > 0 and row["yardstick_value"] > 0 and row["runs"] == 2
         assert row["name"] in done.stdout
+
+
+def test_yardsticks_move_what_they_say(tmp_path):
+    loops = Yardsticks(tmp_path)
+    source = np.random.default_rng(1).integers(0, 255, 4096, np.uint8)
+    pieces = np.array([(64, 64, 256), (512, 1024, 1024)], PIECE)
+    for name, line, kept in (("copy", 1, 1), ("copy_half", 16, 8), ("copy_lines", 128, 120)):
+        target = np.zeros(4096, np.uint8)
+        getattr(loops, name)(pieces, source, target)
+        expected = np.zeros(4096, np.uint8)
+        for begin, to, length in pieces.tolist():
+            data = source[begin : begin + length].reshape(-1, line)[:, :kept].reshape(-1)
+            expected[to : to + len(data)] = data
+        assert np.array_equal(target, expected), name
+    target = np.full(4096, 255, np.uint8)
+    loops.copy_frames(pieces, source, target)
+    assert np.array_equal(target[1024:2048], source[512:1536]) and target[960:976].tolist() == [0, 4] + 14 * [0]
+    assert target[976:1024].tolist() == [1] + 47 * [0]
+    assert loops.compare(pieces, source, target) == 0
+    target[1500] ^= 1
+    assert loops.compare(pieces, source, target) == 1
+    words = source.view("<u8")
+    assert loops.read_all(pieces, source) == int(np.concatenate((words[8:40], words[64:192])).sum())  # modulo 2^64
+    assert loops.touch(pieces, source) == int(words[[8, 16, 64, 72]].sum())
 
 
 def test_compression_is_measured_on_gradients_that_are_given(tmp_path):
