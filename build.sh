@@ -6,7 +6,7 @@
 #   ./build.sh demo         ... and run the demonstration
 #   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
 #   ./build.sh nightly      ... and run every test, also those that take an hour
-#   ./build.sh bench        ... and measure each stage; writes build/bench.json
+#   ./build.sh bench [...]  ... and measure each stage; writes build/bench.json (docs/performance.md has the options)
 #   ./build.sh fuzz [...]   ... and fuzz every parser with sanitizers (docs/fuzzing.md has the options)
 #   ./build.sh lint         ... and check style and documents
 #
@@ -105,7 +105,7 @@ case "$target" in
     demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
     test) build; run_tests "$@" ;;
     nightly) build; exec "$venv/bin/python" -m pytest "$@" ;;
-    bench) build; exec "$venv/bin/python" bench/bench.py "$@" ;;
+    bench) build; exec "$venv/bin/python" -m bench "$@" ;;
     fuzz) build; fuzzers; exec "$venv/bin/python" -m fuzz.run "$@" ;;
     lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
     *) die "unknown target '$target'; expected demo, test, nightly, bench, fuzz, lint, or nothing" ;;

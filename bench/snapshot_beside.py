@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from flowcheck._copy import CopyEngine
 
-from bench import model_plan, seconds
+from bench.measure import seconds
+from bench.updates import model_plan
 from updater import arithmetic
 from updater.log import LogWriter
 from updater.log_format import GRADIENT
@@ -124,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:
         # As `flowcheck run` has it for the updater; it is read when torch is loaded.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     results = []
     for elements in options.params:
         for form in options.forms:

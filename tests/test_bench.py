@@ -3,38 +3,130 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-CODE = (
-    "from bench import bench; bench.ELEMENTS, bench.RUNS, bench.PAIRS = 200_000, 2, 2; raise SystemExit(bench.main())"
-)
-NAMES = {"dump", "parse", "parse_icrc", "extract_plain", "extract_ll", "extract_ll128", "chain_1core"}
-NAMES |= {"update_fused", "update_default", "log", "snapshot"}
+from bench import __main__ as command
+from bench import report
+from bench.yardsticks import PIECE, Yardsticks
+
+ROOT = Path(__file__).parents[1]
+USUAL = {"dump", "parse", "parse_icrc", "extract_plain", "extract_ll", "extract_ll128", "extract_second", "chain_1core"}
+NAMES = USUAL | {f"{name}_1024" for name in USUAL} | {"dump_null", "dump_null_1024"}
+NAMES |= {"update_fused", "update_default", "step_default", "update_memory", "log", "snapshot"}
+NAMES |= {"snapshot_torch_save", "snapshot_dcp_save", "snapshot_dcp_async_save", "parse_against_scapy"}
 if os.geteuid() == 0:
     NAMES |= {"step_overhead"}
+if len(os.sched_getaffinity(0)) > 1:
+    NAMES |= {"chain_2cores", "chain_2cores_1024"}
+#: Where the tool is installed; dpkt is not held to be.
+MAY_BE = {"parse_against_tshark", "parse_against_dpkt", "dump_against_testpmd"}
+
+
+def bench(folder, *options):
+    """Run the benchmark in a folder."""
+    words = [sys.executable, "-m", "bench", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.dpdk
 def test_every_stage_has_a_figure_and_a_yardstick(tmp_path):
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r}); {CODE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    done = bench(tmp_path, "--quick")
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "build" / "bench.json").read_text())
-    assert {row["name"] for row in report["results"]} == NAMES
-    for row in report["results"]:
+    written = json.loads((tmp_path / "build" / "bench.json").read_text())
+    assert {row["name"] for row in written["results"]} - MAY_BE == NAMES
+    for row in written["results"]:
         assert {"name", "value", "unit", "yardstick", "yardstick_value", "ratio", "runs", "spread"} <= set(row)
         assert row["value"] > 0 and row["yardstick_value"] > 0 and row["runs"] == 2
+        low, high = row["interval"]
+        assert 0 < low <= row["ratio"] <= high
         assert row["name"] in done.stdout
+    picture = ElementTree.parse(tmp_path / "build" / "bench.svg").getroot()
+    shown = {element.text for element in picture.iter() if element.tag.endswith("text")}
+    assert {row["name"] for row in written["results"] if row["target"]} <= shown
+    assert os.listdir(tmp_path) == ["build"]
+    assert sorted(os.listdir(tmp_path / "build")) == ["bench.json", "bench.svg"]
+
+
+@pytest.mark.dpdk
+@pytest.mark.parametrize(
+    ("options", "said"), [(("--only", "dmup"), "no row 'dmup'"), (("--quick", "--store"), "--store wants all figures")]
+)
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert said in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def row(name, ratio, noise=0.01, target=None):
+    interval = [ratio * (1 - noise), ratio * (1 + noise)]
+    return {
+        "name": name, "value": 2e9 * ratio, "unit": "bytes/s", "yardstick": "a <yardstick>", "yardstick_value": 2e9, "ratio": ratio,
+        "runs": 10, "spread": noise, "interval": interval, "target": target, "packets_per_s": None, "payload": None,
+    }  # fmt: skip
+
+
+def test_the_guard_knows_a_loss_from_noise_and_a_cost_from_a_gain():
+    stored = {"ratios": {name: {"ratio": 0.8, "interval": [0.792, 0.808]} for name in ("dump", "log", "step_overhead")}}
+    for ratio, noise, lost in ((0.8, 0.01, False), (0.7, 0.01, False), (0.64, 0.01, True), (0.64, 0.1, False)):
+        assert bool(report.guard([row("dump", ratio, noise)], stored)) is lost
+    assert report.guard([row("log", 0.6), row("dump", 0.5), row("not stored", 0.1)], stored)[1].startswith(
+        "dump: ratio 0.500"
+    )
+    assert report.guard([row("step_overhead", 1.0)], stored) and not report.guard([row("step_overhead", 0.5)], stored)
+
+
+def test_what_is_stored_is_what_the_guard_takes_and_the_page_shows(tmp_path):
+    page, ratios = tmp_path / "performance.md", tmp_path / "ratios.json"
+    shutil.copy(ROOT / "docs" / "performance.md", page)
+    document = {"machine": {"processor": "a processor", "cores": 2}, "results": [row("dump", 0.5, target=0.85)]}
+    for _ in range(2):  # the second time in place of the first
+        report.store(document, ratios, page)
+        text = page.read_text()
+        assert text.count("| dump |") == 1 and "0.85 missed" in text and text.count("performance.svg") == 1
+    ElementTree.parse(tmp_path / "performance.svg")
+    stored = json.loads(ratios.read_text())
+    assert not report.guard([row("dump", 0.5)], stored) and report.guard([row("dump", 0.3)], stored)
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="no lines"):
+        report.store(document, ratios, page)
+
+
+def test_yardsticks_move_what_they_say(tmp_path):
+    loops = Yardsticks(tmp_path)
+    source = np.random.default_rng(1).integers(0, 255, 4096, np.uint8)
+    pieces = np.array([(64, 64, 256), (512, 1024, 1024)], PIECE)
+    for name, line, kept in (("copy", 1, 1), ("copy_half", 16, 8), ("copy_lines", 128, 120)):
+        target = np.zeros(4096, np.uint8)
+        getattr(loops, name)(pieces, source, target)
+        expected = np.zeros(4096, np.uint8)
+        for begin, to, length in pieces.tolist():
+            data = source[begin : begin + length].reshape(-1, line)[:, :kept].reshape(-1)
+            expected[to : to + len(data)] = data
+        assert np.array_equal(target, expected), name
+    target = np.full(4096, 255, np.uint8)
+    loops.copy_frames(pieces, source, target)
+    assert np.array_equal(target[1024:2048], source[512:1536]) and target[960:976].tolist() == [0, 4] + 14 * [0]
+    assert target[976:1024].tolist() == [1] + 47 * [0]
+    assert loops.compare(pieces, source, target) == 0
+    target[1500] ^= 1
+    assert loops.compare(pieces, source, target) == 1
+    words = source.view("<u8")
+    assert loops.read_all(pieces, source) == int(np.concatenate((words[8:40], words[64:192])).sum())  # modulo 2^64
+    assert loops.touch(pieces, source) == int(words[[8, 16, 64, 72]].sum())
 
 
 def test_compression_is_measured_on_gradients_that_are_given(tmp_path):
-    script = Path(__file__).parents[1] / "bench" / "log_compression.py"
+    script = ROOT / "bench" / "log_compression.py"
     np.save(tmp_path / "g.npy", np.random.default_rng(1).normal(0, 0.01, 300_001).astype(np.float32))
     words = [tmp_path / "g.npy", "--disk", tmp_path, "--json", "--turns", "10"]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200, check=False)
@@ -51,9 +143,8 @@ def test_compression_is_measured_on_gradients_that_are_given(tmp_path):
 
 @pytest.mark.dpdk
 def test_updates_are_measured_with_and_without_a_snapshot_beside_them(tmp_path):
-    script = Path(__file__).parents[1] / "bench" / "snapshot_beside.py"
-    command = [sys.executable, str(script), "--params", "80000", "--forms", "fused", "--rounds", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, "-m", "bench.snapshot_beside", "--params", "80000", "--forms", "fused", "--rounds", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--folder", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
