@@ -37,11 +37,16 @@ def bench(folder, *options):
 
 
 @pytest.mark.dpdk
-def test_every_stage_has_a_figure_and_a_yardstick(tmp_path):
-    done = bench(tmp_path, "--quick")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [(("--only", "dump", "log"), {"dump", "log"}), pytest.param((), NAMES, marks=pytest.mark.slow)],
+)
+def test_every_stage_has_a_figure_and_a_yardstick(tmp_path, options, wanted):
+    done = bench(tmp_path, "--quick", *options)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "build" / "bench.json").read_text())
-    assert {row["name"] for row in written["results"]} - MAY_BE == NAMES
+    found = {row["name"] for row in written["results"]} - MAY_BE
+    assert wanted <= found <= NAMES and (options or found == NAMES)
     for row in written["results"]:
         assert {"name", "value", "unit", "yardstick", "yardstick_value", "ratio", "runs", "spread"} <= set(row)
         assert row["value"] > 0 and row["yardstick_value"] > 0 and row["runs"] == 2
