@@ -68,7 +68,8 @@ class Job:
     Attributes:
         frames: all frames, in the order sent.
         gradients: the sum of each iteration, bytes.
-        packets: by connection and queue pair, how many PSNs `own` iterations take.
+        steps, messages: by connection, how many `own` iterations take.
+        packets: by connection and queue pair, how many PSNs they take.
     """
 
     def __init__(self, folder, job, *, counts=(2000, 1601), before=4, own=4, start_psn=0):
@@ -80,7 +81,7 @@ class Job:
         capture.all_gather("all_gather count", [self.startup] * job.ranks)
         for iteration in range(1, before + own + 1):
             if iteration == before + 1:
-                known = [(c.sent, list(c.psn)) for c in capture.connections]
+                known = [(c.step, c.sent, list(c.psn)) for c in capture.connections]
             capture.iteration = iteration
             flat = b""
             for number, count in enumerate(counts):
@@ -88,9 +89,9 @@ class Job:
                 flat += capture.all_reduce(f"all_reduce {iteration}.{number}", vectors).numpy().tobytes()
             self.gradients[iteration] = flat
         self.frames = capture.frames
-        self.messages, self.packets = {}, {}
-        for index, (c, (sent, psn)) in enumerate(zip(capture.connections, known, strict=True)):
-            self.messages[index] = c.sent - sent
+        self.steps, self.messages, self.packets = {}, {}, {}
+        for index, (c, (step, sent, psn)) in enumerate(zip(capture.connections, known, strict=True)):
+            self.steps[index], self.messages[index] = c.step - step, c.sent - sent
             self.packets |= {(index, qp): now - then for qp, (now, then) in enumerate(zip(c.psn, psn, strict=True))}
         self.start_psn = start_psn
 
