@@ -31,6 +31,8 @@ RANKS, ITERATIONS, PARAMETERS = 4, 42, 1200
 #: Which links are mirrored where two or three are, and the rates of loss then.
 LINKS = {2: (0, 3), 3: (0, 1, 3)}
 RATES = {2: (0.01, 0.04), 3: (0.06, 0.12)}
+#: With these, all of 24 rates (six jobs, two numbers of links, two rates) lie in their intervals with 95 %.
+DEVIATIONS = 3.07
 #: Of the frames before, nothing is lost: the flows are synchronised, as they are in the middle of a job.
 FIRST_LOSSY = 3
 
@@ -117,10 +119,10 @@ def restricted(folder, links, into):
 
 
 def check_rate(lossy, loss, trials, seed):
-    """The exact probability lies in the 95 % interval of the measured rate (normal; both counts are tens at least)."""
+    """The exact probability lies in the interval of the measured rate (normal; both counts are tens at least)."""
     exact = unrepairable(lossy.plan, loss)
     lost, of = lossy.lost(loss, trials, seed)
-    assert abs(lost / of - exact) <= 1.96 * math.sqrt(exact * (1 - exact) / of), (lost, of, exact)
+    assert abs(lost / of - exact) <= DEVIATIONS * math.sqrt(exact * (1 - exact) / of), (lost, of, exact)
 
 
 def check_rates(tmp_path, trials, **options):
