@@ -284,8 +284,7 @@ cdef class ExtractLoop:
         cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset)
         cdef uint64_t word, total = 0
         for word in range((slot.units + 63) // 64):
-            if word == slot.units // 64:
-                done[word] &= (<uint64_t> 1 << (slot.units % 64)) - 1  # what lies behind the last unit counts as none
+            done[word] &= _bits_between(word, 0, slot.units)  # what lies behind the last unit counts as none
             claim[word] = done[word]
             total += FC_POPCOUNT(done[word])
         slot.done_units = total

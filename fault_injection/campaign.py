@@ -111,7 +111,7 @@ def run_case(seed: int, name: str, number: int, folders: list[Path]) -> dict[str
     case = Case.of(job, rng)
     kind.spoil(case)
     verdict = _judged(case, rng)
-    verdict.problems = [f"{_case(seed, name, number)} ({job.name}): {problem}" for problem in verdict.problems]
+    verdict.name_case(f"{_case(seed, name, number)} ({job.name})")
     return {"name": name, "job": job.name, **asdict(verdict), "seconds": time.monotonic() - begun}
 
 
@@ -128,8 +128,7 @@ def run_loss(seed: int, streams: int, loss: float, number: int, folder: Path) ->
     verdict = _judged(case, rng, base=False)
     counted = range(2, job.iterations)  # the first one's buckets are others; the last one's record nobody repeats
     lost = len(set(counted) & set(verdict.lost))
-    where = _loss_case(seed, streams, loss, number)
-    verdict.problems = [f"{where}: {problem}" for problem in verdict.problems]
+    verdict.name_case(_loss_case(seed, streams, loss, number))
     own = {"point": (streams, loss), "trials": len(counted), "lost": lost}
     return {"name": "loss", "job": job.name, **asdict(verdict), **own, "seconds": time.monotonic() - begun}
 
@@ -214,7 +213,7 @@ def _ended(task: tuple, error: BaseException) -> dict[str, Any]:
     name, which = (LOSS, _loss_case) if what is run_loss else (arguments[1], _case)
     verdict = Verdict()
     verdict.note("unrepaired", f"the process ended: {error}")
-    verdict.problems = [f"{which(*arguments[:-1])}: {problem}" for problem in verdict.problems]
+    verdict.name_case(which(*arguments[:-1]))
     own = {"point": tuple(arguments[1:3]), "trials": 0, "lost": 0} if what is run_loss else {}
     return {"name": name, "job": "", **asdict(verdict), **own, "seconds": 0.0}
 

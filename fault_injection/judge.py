@@ -69,6 +69,10 @@ class Verdict:
         setattr(self, name, getattr(self, name) + count)
         self.problems.append(f"{name}: {what}")
 
+    def name_case(self, where: str) -> None:
+        """Say of every problem noted so far in which case it is."""
+        self.problems = [f"{where}: {problem}" for problem in self.problems]
+
 
 def _within(inner: list[tuple[int, int]], outer: list[tuple[int, int]]) -> tuple[int, int] | None:
     """Return a range of `inner` that `outer` does not hold, None if it holds all; both ascending and joined."""

@@ -181,9 +181,8 @@ def long_outage(case: Case) -> None:
     Every second time the next number of a queue pair is the one that should have come.
     """
     job = case.job
-    pairs = job.shard["layout"][
-        "queue_pairs"
-    ]  # in so many iterations each of them carries as many packets as in the next ones
+    # In so many iterations each of them carries as many packets as in the next ones.
+    pairs = job.shard["layout"]["queue_pairs"]
     first, around = case.rng.randint(5 + pairs, job.iterations - pairs), case.rng.choice([2, 3]) << 24
     own = {
         number: link.carried(at for at, iteration in enumerate(link.iteration) if first <= iteration < first + pairs)
@@ -202,9 +201,8 @@ def long_outage(case: Case) -> None:
         resumed = case.rng.randrange(begin, case.begin(name, first + pairs))
         if number == edge and comes_round:
             places = {link.position[one.index]: at for at, one in enumerate(shown) if link.flow[one.index] == flow}
-            missed = (
-                around - turns * count
-            )  # where numbers come round, so many packets are between what is seen of both turns
+            # Where numbers come round, so many packets are between what is seen of both turns.
+            missed = around - turns * count
             following = min(
                 next(position for position, at in places.items() if at >= resumed),
                 next(position for position, at in places.items() if at >= begin) + missed,
