@@ -58,5 +58,5 @@ def crc32(const unsigned char[::1] data not None):
 
 
 def select_kernel(name):
-    """select_kernel(name) -> bool: use the kernel "tables" or "folding" in this module; False where the CPU lacks it."""
-    return bool(fc_icrc_select(("tables", "folding").index(name)))
+    """select_kernel(name) -> bool: use a kernel ("tables", "folding", "wide", or "best") in this module; False where the CPU lacks it."""
+    return bool(fc_icrc_select(("best", "tables", "folding", "wide").index(name) - 1))

@@ -261,12 +261,12 @@ def test_random_damage_never_reads_outside(guarded):
             assert found["length"] <= len(data) and found["payload"] in bytes(data)
 
 
-@pytest.fixture(params=["tables", "folding"])
+@pytest.fixture(params=["tables", "folding", "wide"])
 def kernel(request):
     if not _frames.select_kernel(request.param):
         pytest.skip(f"this CPU has no {request.param} kernel")
     yield request.param
-    _frames.select_kernel("folding")
+    _frames.select_kernel("best")
 
 
 def test_crc_kernels_equal_zlib(kernel):
