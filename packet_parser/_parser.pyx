@@ -14,11 +14,12 @@ from flowcheck._formats cimport (
     FC_MALFORMED, FC_PLACED, FC_STEP_RECORD, FC_STORE_RELEASE, FC_UNSYNCHRONISED, FC_VERDICTS, fc_parse_counts, fc_publish, fc_record, fc_recover,
     fc_ring_header, fc_row, fc_segment)
 from flowcheck._wire cimport (
-    FC_HAS_RETH, FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK, FC_WIRE_RESULTS, fc_decode,
-    fc_icrc_right, fc_wire)
+    FC_HAS_RETH, FC_IS_RC, FC_IS_REQUEST, FC_OP_CNP, FC_OP_WRITE_MIDDLE, FC_OP_WRITE_ONLY, FC_WIRE_NOT_ROCE, FC_WIRE_OK,
+    FC_WIRE_RESULTS, fc_be32, fc_decode, fc_icrc_right, fc_wire)
+from packet_parser._seen cimport FC_SEEN_BYTES, FC_SEEN_HEADERS, fc_see, fc_seen, fc_seen_again, fc_seen_place
 from packet_parser._sync cimport (
-    FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_is_clean, fc_judge,
-    fc_lose_time, fc_note_credit, fc_sync, fc_within)
+    FC_HOLD, FC_PROVED, FC_REASONS, FC_UNPROVED, fc_accept_inner, fc_check, fc_data_flow, fc_extend_proof, fc_follow, fc_inner,
+    fc_is_clean, fc_is_inner, fc_judge, fc_lose_time, fc_note_credit, fc_sync, fc_within)
 
 from flowcheck.errors import ConfigError, RingFormatError
 from flowcheck.verdicts import VERDICTS
@@ -27,9 +28,9 @@ from packet_parser.reasons import REASONS, RESULTS
 __all__ = ["RingParser"]
 
 cdef enum:
-    BURST = 256
+    BURST = 1024
     NEW_NS = 10 * 1000000000    # a ring is new for so long: what an earlier attempt has sent has come by then
-    AHEAD = 4                   # records whose headers are fetched before their turn
+    AHEAD = 8                   # records whose headers are fetched before their turn
     MOST_QUEUE_PAIRS = 1024     # of one stream, data ones
     BUCKETS = 4096              # of the flow table, at most half full
     NO_CONNECTION = 0xFFFF
@@ -42,7 +43,12 @@ cdef enum:
     KIND_HOST = 3
 
 cdef extern from *:
-    void prefetch "__builtin_prefetch" (const void *address) nogil
+    """
+    #define FC_FETCH(p) __builtin_prefetch((p))
+    #define FC_FETCH_TO_WRITE(p) __builtin_prefetch((p), 1)
+    """
+    void FC_FETCH(const void *address) nogil
+    void FC_FETCH_TO_WRITE(const void *address) nogil
 
 # Published before the ring's `parsed` cursor; only the queue pairs in use are.
 cdef struct parse_state:
@@ -65,6 +71,11 @@ cdef struct flow_entry:
     uint32_t credit_bytes       # KIND_CREDIT: of a credit write, and where in it tag and message number lie
     uint32_t credit_tag
     uint32_t credit_index
+
+# What the packets inside of the message at a flow's place have in common.
+cdef struct flow_run:
+    fc_record like              # one's annotation: payload and place in the message are still the message's
+    uint32_t inner              # packets between the first one and the last of the message; 0: all are judged one by one
 
 cdef inline uint32_t hash_key(const uint8_t *source, const uint8_t *destination, uint32_t queue_pair) noexcept nogil:
     cdef uint64_t words[4]
@@ -104,6 +115,10 @@ cdef class RingParser:
     cdef uint32_t state_bytes
     cdef parse_state *state
     cdef fc_data_flow *flows
+    cdef flow_run *runs
+    cdef fc_seen *seen
+    cdef uint32_t bth_at        # where the last header that was kept has its BTH: one stream's all have it there
+    cdef uint32_t flag_at       # of a record, the line in which a payload's first flag lies; 0: it has none
     cdef flow_entry *entries
     cdef int direction          # 0: both, 1: to the host, 2: to any other
     cdef uint8_t *host
@@ -116,6 +131,8 @@ cdef class RingParser:
     def __cinit__(self):
         self.state = NULL
         self.flows = NULL
+        self.runs = NULL
+        self.seen = NULL
         self.entries = NULL
         self.host = NULL
 
@@ -132,8 +149,11 @@ cdef class RingParser:
         self.state = <parse_state *> calloc(1, sizeof(parse_state))
         self.entries = <flow_entry *> calloc(BUCKETS, sizeof(flow_entry))
         self.flows = <fc_data_flow *> calloc(MOST_QUEUE_PAIRS, sizeof(fc_data_flow))
+        self.runs = <flow_run *> calloc(MOST_QUEUE_PAIRS, sizeof(flow_run))
+        self.seen = <fc_seen *> calloc(FC_SEEN_HEADERS, sizeof(fc_seen))
         self.host = <uint8_t *> calloc(max(1, len(host)), 16)
-        if self.state == NULL or self.entries == NULL or self.flows == NULL or self.host == NULL:
+        if (self.state == NULL or self.entries == NULL or self.flows == NULL or self.runs == NULL or self.seen == NULL
+                or self.host == NULL):
             raise MemoryError
         for address in host:
             memcpy(self.host + 16 * self.host_count, <const uint8_t *> (<bytes> address), 16)
@@ -156,6 +176,8 @@ cdef class RingParser:
         free(self.state)
         free(self.entries)
         free(self.flows)
+        free(self.runs)
+        free(self.seen)
         free(self.host)
 
     cdef _recover(self):
@@ -192,6 +214,10 @@ cdef class RingParser:
             flow.start_psn = program.start_psn[index]
             flow.enter_before = program.enter_before[index] if program.enter_before else 0
             flow.encoding = program.encoding
+            if flow.encoding == FC_ENCODING_LL:
+                self.flag_at = 2 * sizeof(fc_record)
+            elif flow.encoding == FC_ENCODING_LL128:
+                self.flag_at = 3 * sizeof(fc_record)
             flow.big_endian_immediate = program.big_endian_immediate
             flow.numbered_immediate = program.numbered_immediate
             if program.clean:
@@ -303,11 +329,13 @@ cdef class RingParser:
         """Judge a request packet of a data queue pair and annotate its place."""
         cdef fc_data_flow *flow = self.flows + entry.index
         cdef fc_sync *sync = self.state.sync + entry.index
+        cdef flow_run *run = self.runs + entry.index
         cdef uint64_t now = record.timestamp_ns
         cdef bint begins = fc_within(self.state.began_ns, now, NEW_NS)
         cdef int reason = fc_judge(flow, sync, wire, payload, now, begins)
         cdef int proof
         cdef const fc_row *row
+        run.inner = 0
         if reason == FC_HOLD:
             proof = self._find_proof(entry, index, written)
             if proof < 0:
@@ -334,11 +362,54 @@ cdef class RingParser:
             record.wire_offset += flow.place.packet * flow.mtu
         record.settled_lag = row.settled_lag
         record.queue_pair = flow.queue_pair
+        run.inner = fc_inner(flow)
+        if run.inner:
+            run.like = record[0]
+            run.like.encoding, run.like.verdict = row.encoding, row.verdict
+            run.like.payload_length = flow.mtu
+            run.like.wire_offset = row.message_wire_offset
+            if wire.opcode == FC_OP_WRITE_MIDDLE:
+                self._see(<const uint8_t *> record + sizeof(fc_record), wire, entry.index)
         if flow.place.packet + 1 == sync.packets:
             record.last_pieces = row.last_pieces
         if wire.payload_length == 0 and row.verdict in (FC_PLACED, FC_INITIAL_STATE, FC_STEP_RECORD):
             return FC_CONTROL  # a message, or the end of one, without a byte of its own
         return row.verdict
+
+    cdef void _see(self, const uint8_t *frame, const fc_wire *wire, uint32_t flow) noexcept nogil:
+        """Keep the header of a packet inside of a message."""
+        if wire.bth_offset + 12 <= FC_SEEN_BYTES:
+            self.bth_at = wire.bth_offset
+            fc_see(self.seen + fc_seen_place(frame + wire.bth_offset), frame, wire, flow)
+
+    cdef inline int _judge_inner(self, fc_record *record, const uint8_t *frame, uint32_t stored) noexcept nogil:
+        """Judge and annotate a packet inside of the message at its flow's place; -1, with nothing done, if it is not that.
+
+        It is what `_judge` would come to: the header decodes to what it decoded to before, and of what `fc_judge` looks at the
+        rest is the same for all packets between a message's first and last.
+        """
+        cdef const fc_seen *seen
+        cdef const flow_run *run
+        cdef fc_data_flow *flow
+        cdef fc_sync *sync
+        cdef uint32_t psn
+        if stored < FC_SEEN_BYTES:
+            return -1
+        seen = self.seen + fc_seen_place(frame + self.bth_at)
+        if not fc_seen_again(seen, frame, stored):
+            return -1
+        flow, sync, run = self.flows + seen.flow, self.state.sync + seen.flow, self.runs + seen.flow
+        psn = fc_be32(frame + seen.wire.bth_offset + 8) & 0xFFFFFF
+        if not fc_is_inner(flow, sync, run.inner, psn, frame + seen.wire.payload_offset, record.timestamp_ns):
+            return -1
+        if self.check_icrc and not fc_icrc_right(frame, &seen.wire):
+            return -1
+        memcpy(&record.verdict, &run.like.verdict, sizeof(fc_record) - 24)
+        record.payload_offset = seen.wire.payload_offset
+        record.wire_offset += (psn - sync.psn & 0xFFFFFF) * flow.mtu
+        fc_accept_inner(sync, psn, record.timestamp_ns)
+        self.state.counts.results[FC_WIRE_OK] += 1
+        return run.like.verdict
 
     cdef inline fc_record *_record(self, uint64_t index) noexcept nogil:
         return <fc_record *> (self.records + (index & self.mask) * self.record_bytes)
@@ -389,9 +460,10 @@ cdef class RingParser:
         cdef int verdict
         for index in range(begin, end):
             ahead = self.records + ((index + AHEAD) & self.mask) * self.record_bytes
-            prefetch(ahead)
-            prefetch(ahead + 64)
-            prefetch(ahead + 128)
+            FC_FETCH_TO_WRITE(ahead)
+            FC_FETCH(ahead + sizeof(fc_record))
+            if self.flag_at:
+                FC_FETCH(ahead + self.flag_at)
             record = self._record(index)
             if index == 0:
                 self.state.began_ns = self.state.last_ns = record.timestamp_ns
@@ -400,6 +472,10 @@ cdef class RingParser:
                 for flow in range(self.state.queue_pairs):
                     fc_lose_time(self.flows + flow, self.state.sync + flow)
             self.state.last_ns = record.timestamp_ns
+            verdict = self._judge_inner(record, <const uint8_t *> record + sizeof(fc_record), self._stored(record))
+            if verdict >= 0:
+                self.state.counts.verdicts[verdict] += 1
+                continue
             record.encoding = FC_ENCODING_NONE
             record.connection = NO_CONNECTION
             record.payload_offset = 0

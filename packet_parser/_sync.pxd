@@ -448,3 +448,35 @@ cdef inline int fc_judge(fc_data_flow *flow, fc_sync *sync, const fc_wire *wire,
     sync.previous_psn = wire.psn
     sync.boundary = (wire.has & FC_HAS_IMMEDIATE) != 0
     return reason
+
+cdef inline uint32_t fc_inner(const fc_data_flow *flow) noexcept nogil:
+    """Return how many packets lie between the first and the last data packet of the message at flow.place.
+
+    0 where they cannot be counted from the message's first PSN alone.
+    """
+    cdef uint32_t data_packets = flow.place.row.packets - flow.place.row.bulk_split
+    if data_packets < 3 or fc_clean_between(flow, flow.place.step, flow.place.step):
+        return 0
+    return data_packets - 2
+
+cdef inline bint fc_is_inner(const fc_data_flow *flow, const fc_sync *sync, uint32_t inner, uint32_t psn,
+                             const uint8_t *payload, uint64_t now) noexcept nogil:
+    """Whether fc_judge would prove a WRITE MIDDLE of `mtu` bytes to be inside of the message at flow.place.
+
+    `inner`: the fc_inner of that message, of which the last accepted packet is; 0 never is one.
+    """
+    cdef uint32_t index = psn - sync.psn & 0xFFFFFF
+    if index - 1 >= inner or not sync.synchronised or sync.refused:  # before the first wraps to a huge number
+        return False
+    if flow.encoding == FC_ENCODING_PLAIN:
+        return fc_fresh(flow, sync.last_ns, now) and sync.proved_from <= sync.position + index < sync.proved_to
+    if flow.encoding == FC_ENCODING_LL:
+        return (fc_word(payload + 4) == <uint32_t> (flow.place.step + 1)
+                and fc_word(payload + 12) == <uint32_t> (flow.place.step + 1))
+    return fc_double_word(payload + FC_LINE128_BYTES - 8) == flow.place.step + 1
+
+cdef inline void fc_accept_inner(fc_sync *sync, uint32_t psn, uint64_t now) noexcept nogil:
+    """Count on from a packet inside of the message that the last accepted one is of."""
+    sync.last_ns = now
+    sync.previous_psn = psn
+    sync.boundary = False

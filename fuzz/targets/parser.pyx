@@ -236,6 +236,7 @@ cdef void _run(RingParser parser, const uint8_t *data, size_t size) noexcept nog
     parser.header.parsed = parser.header.ended = 0
     for index in range(flow_count):
         parser.flows[index].place.row = NULL
+        parser.runs[index].inner = 0
         flows[index].position = 0
     frame_bytes = 0
     if first & 16:
