@@ -279,6 +279,7 @@ def _both_cores(rig: Rig, core: int) -> float:
 
     def behind() -> None:
         os.sched_setaffinity(0, {core})
+        mapped.populate(*(ring.memory for ring in rig.rings), rig.slots.memory)
         stages = (rig.parser(), rig.extractor())
         ready.set()
         drain(*stages)
