@@ -10,6 +10,7 @@ cdef class GuardedFile:
     cdef const uint8_t *data
     cdef readonly uint64_t size
     cdef fc_area *area
+    cdef int descriptor
 
     cdef bint is_cut(self) noexcept nogil
     cdef void _release(self) noexcept

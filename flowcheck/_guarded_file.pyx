@@ -16,8 +16,8 @@ cdef extern from "flowcheck/_guarded_file.h" nogil:
 cdef class GuardedFile:
     """GuardedFile(path): map a regular file that is not empty; read `data`, then ask `is_cut`; `close` it.
 
-    What is read of pages that were taken away is zeros: whoever has read asks `is_cut` before it believes anything. One thread.
-    OSError if it cannot be mapped.
+    What is read behind the end of a file that was cut is zeros: whoever has read asks `is_cut` before it believes anything. One
+    thread. OSError if it cannot be mapped.
     """
 
     def __cinit__(self, bytes path):
@@ -25,13 +25,12 @@ cdef class GuardedFile:
         cdef void *memory = MAP_FAILED
         self.data = NULL
         self.area = NULL
-        cdef int descriptor = open(path, O_RDONLY | O_CLOEXEC)
-        if descriptor < 0:
+        self.descriptor = open(path, O_RDONLY | O_CLOEXEC)
+        if self.descriptor < 0:
             raise OSError(errno, "cannot open", path)
-        if fstat(descriptor, &status) == 0 and S_ISREG(status.st_mode) and status.st_size > 0:
+        if fstat(self.descriptor, &status) == 0 and S_ISREG(status.st_mode) and status.st_size > 0:
             self.size = status.st_size
-            memory = mmap(NULL, self.size, PROT_READ, MAP_SHARED, descriptor, 0)
-        close(descriptor)
+            memory = mmap(NULL, self.size, PROT_READ, MAP_SHARED, self.descriptor, 0)
         if memory == MAP_FAILED:
             raise OSError(errno, "cannot map", path)
         self.data = <const uint8_t *> memory
@@ -44,12 +43,13 @@ cdef class GuardedFile:
         self._release()
 
     cdef bint is_cut(self) noexcept nogil:
-        """Whether what was read is not the file's."""
-        return self.area == NULL or self.area.cut != 0
+        """Whether what was read may not be the file's: to its last page's end, a cut file is read without a fault."""
+        cdef struct_stat status
+        return self.area == NULL or self.area.cut or fstat(self.descriptor, &status) < 0 or <uint64_t> status.st_size < self.size
 
     @property
     def cut(self) -> bool:
-        """Whether the file was found cut where it was read."""
+        """Whether the file is shorter than it was."""
         return self.is_cut()
 
     def close(self) -> None:
@@ -64,3 +64,6 @@ cdef class GuardedFile:
             munmap(<void *> self.data, self.size)
             self.data = NULL
             self.size = 0
+        if self.descriptor >= 0:
+            close(self.descriptor)
+            self.descriptor = -1

@@ -110,7 +110,9 @@ class FileDump(_Dump):
         moved = self._loop.poll()
         if not moved and (self._loop.changed if self._file is not None else self._loop.empty_polls > EMPTY_POLLS):
             taken = self._loop.state_values["written"]
-            raise CaptureError(f"{self._path}: no frame can be read after {taken}; was the file changed?", str(self._path))
+            raise CaptureError(
+                f"{self._path}: no frame can be read after {taken}; was the file changed?", str(self._path)
+            )
         return moved
 
     def close(self) -> None:
