@@ -30,9 +30,7 @@ def _option(order, code, value):
     return struct.pack(f"{order}HH", code, len(value)) + value + bytes(-len(value) % 4)
 
 
-def pcapng(
-    frames, *, order="<", power=6, snap=0, link=1, options=(), between=b"", interfaces=1, simple=False, minor=0
-):
+def pcapng(frames, *, order="<", power=6, snap=0, link=1, options=(), between=b"", interfaces=1, simple=False, minor=0):
     """Return a pcapng file of one section; time stamps count units of 10^-power seconds."""
     resolution = [] if power == 6 else [(9, bytes([power]))]
     described = b"".join(_option(order, code, value) for code, value in [*resolution, *options])
