@@ -183,7 +183,7 @@ cdef class FileLoop(_Loop):
         cdef uint64_t want = self.free_records(), stored = 0, bytes_left = BURST_BYTES
         cdef fc_file_frame frame
         cdef fc_record *record
-        if self.header.ended:
+        if self.header.ended or self.file.data == NULL:  # closed
             return 0
         if self.state.written == self.frames:
             FC_STORE_RELEASE(&self.header.ended, 1)
