@@ -67,6 +67,7 @@ _PAGE = 4096
 _FILL = "memcpy of the same frames into the same ring"
 #: Of `frames_to_slot`: name, unit, what is counted, what is timed; the yardstick, and what is timed for it.
 _ROWS = (
+    ("validate", "bytes/s", "packed", "validate", _FILL, "fill"),
     ("dump", "bytes/s", "packed", "dump", _FILL, "fill"),
     ("dump_null", "bytes/s", "null", "dump_null", _FILL, "fill_null"),
     ("parse", "frames/s", "frames", "parse", "touching two lines of each frame", "touch"),
@@ -279,6 +280,7 @@ def _both_cores(rig: Rig, core: int) -> float:
 
     def behind() -> None:
         os.sched_setaffinity(0, {core})
+        mapped.populate(*(ring.memory for ring in rig.rings), rig.slots.memory)
         stages = (rig.parser(), rig.extractor())
         ready.set()
         drain(*stages)
@@ -323,6 +325,7 @@ def frames_to_slot(
             clock("fill", lambda: loops.copy_frames(frames, packed, ring.memory))
             # Not just before the parser, as the other yardsticks: the lines that it touches would all stay in the cache.
             clock("touch", lambda: loops.touch(in_ring, ring.memory))
+            clock("validate", lambda: validate(path))
             with rig.dump() as dump:
                 clock("dump", lambda dump=dump: drain(dump))
             dumped = rig.mark()

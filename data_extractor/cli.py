@@ -60,6 +60,7 @@ def main(
     from data_extractor.extractor import Extractor
     from flowcheck import privileges
     from flowcheck.errors import ConfigError
+    from flowcheck.mapped import populate
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
     from flowcheck.slots import SlotFile
@@ -76,6 +77,7 @@ def main(
         if given != wanted:
             raise ConfigError(f"rings of streams {', '.join(given)}; the plan's streams are {', '.join(wanted)}")
         slots = stack.enter_context(SlotFile.for_plan(slots_path, job))
+        populate(*(ring.memory for ring in rings), slots.memory)
         extractor = stack.enter_context(closing(Extractor(rings, job, slots, engine)))
         privileges.drop()
         run(extractor, busy=busy)

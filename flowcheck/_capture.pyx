@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 # distutils: libraries = pcap
-"""Reads a capture file to its end with libpcap before DPDK gets it: `net_pcap` tells neither its end, nor damage, nor
-its link type."""
+"""Reads a capture file to its end before a frame of it goes anywhere: where it lies if it is a plain one, else with libpcap.
+
+DPDK's `net_pcap` tells neither its end, nor damage, nor its link type.
+"""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
+from flowcheck._capture_file cimport (
+    FC_FILE_END, FC_FILE_FRAME, FC_LONGEST_FRAME, fc_file, fc_file_begin, fc_file_frame, fc_file_next)
+from flowcheck._guarded_file cimport GuardedFile
 from flowcheck._wire cimport FC_WIRE_OK, fc_decode, fc_wire
 
 cdef extern from "pcap/pcap.h" nogil:
@@ -29,6 +34,7 @@ cdef extern from "pcap/pcap.h" nogil:
 
 cdef enum:
     MOST_KEYS = 4096
+    MOST_HEADERS = 1024         # no header of a frame lies behind it
 
 cdef struct key:
     uint8_t source[16]
@@ -36,10 +42,75 @@ cdef struct key:
     uint32_t queue_pair
 
 
+cdef struct counts:
+    uint64_t frames
+    uint64_t bytes
+    uint64_t cut
+    uint64_t longest
+    uint64_t matched
+
+
+cdef class _Keys:
+    """Flows whose frames are counted, and the counts."""
+
+    cdef key wanted[MOST_KEYS]
+    cdef uint32_t count
+    cdef counts found
+    cdef uint8_t copy[FC_LONGEST_FRAME]  # a mapped frame may change while it is decoded
+
+    def __cinit__(self, keys):
+        if len(keys) > MOST_KEYS:
+            raise ValueError(f"{len(keys)} flows to look for: at most {MOST_KEYS}")
+        for source, destination, queue_pair in keys:
+            memcpy(self.wanted[self.count].source, <const uint8_t *> source, 16)
+            memcpy(self.wanted[self.count].destination, <const uint8_t *> destination, 16)
+            self.wanted[self.count].queue_pair = queue_pair
+            self.count += 1
+
+    cdef inline void note(self, const uint8_t *data, uint32_t length, uint32_t wire_length) noexcept nogil:
+        cdef fc_wire wire
+        cdef uint32_t i
+        self.found.frames += 1
+        self.found.bytes += length
+        self.found.cut += length < wire_length
+        if length > self.found.longest:
+            self.found.longest = length
+        if self.count == 0:
+            return
+        memcpy(self.copy, data, length if length < MOST_HEADERS else MOST_HEADERS)
+        if fc_decode(self.copy, length, &wire) == FC_WIRE_OK:
+            for i in range(self.count):
+                if (wire.dest_qp == self.wanted[i].queue_pair and memcmp(wire.source, self.wanted[i].source, 16) == 0
+                        and memcmp(wire.destination, self.wanted[i].destination, 16) == 0):
+                    self.found.matched += 1
+                    break
+
+    cdef tuple values(self):
+        return self.found.frames, self.found.bytes, self.found.cut, self.found.longest, self.found.matched
+
+
+def scan_plain(GuardedFile file not None, keys):
+    """scan_plain(file, keys) -> (frames, bytes, cut frames, longest frame, matched frames), or None if it is libpcap's.
+
+    keys: as for `scan`. What it says holds only if `file` is not cut thereafter.
+    """
+    cdef _Keys notes = _Keys(keys)
+    cdef fc_file walk
+    cdef fc_file_frame frame
+    cdef int status = -1
+    with nogil:
+        if fc_file_begin(&walk, file.data, file.size):
+            status = fc_file_next(&walk, &frame)
+            while status == FC_FILE_FRAME:
+                notes.note(frame.data, frame.length, frame.wire_length)
+                status = fc_file_next(&walk, &frame)
+    return notes.values() if status == FC_FILE_END else None
+
+
 def scan(bytes path, keys):
     """scan(path, keys) -> (error or None, link name or None, frames, bytes, cut frames, longest frame, matched frames).
 
-    keys: (source, destination, queue pair) triples; frames to one of them are counted as matched. `error` is
+    With libpcap. keys: (source, destination, queue pair) triples; frames to one of them are counted as matched. `error` is
     libpcap's text if the file cannot be read to its end; `link` is the link type's name where it is not Ethernet.
     """
     cdef char error[PCAP_ERRBUF_SIZE]
@@ -47,46 +118,24 @@ def scan(bytes path, keys):
     cdef pcap_t *handle
     cdef pcap_pkthdr *header
     cdef const uint8_t *data
-    cdef key wanted[MOST_KEYS]
-    cdef fc_wire wire
-    cdef uint32_t count = 0, i
-    cdef uint64_t frames = 0, total = 0, cut = 0, longest = 0, matched = 0
+    cdef _Keys notes = _Keys(keys)
     cdef int status = 0
-    if len(keys) > MOST_KEYS:
-        raise ValueError(f"{len(keys)} flows to look for: at most {MOST_KEYS}")
-    for source, destination, queue_pair in keys:
-        memcpy(wanted[count].source, <const uint8_t *> source, 16)
-        memcpy(wanted[count].destination, <const uint8_t *> destination, 16)
-        wanted[count].queue_pair = queue_pair
-        count += 1
     error[0] = 0
     with nogil:
         handle = pcap_open_offline_with_tstamp_precision(name, PCAP_TSTAMP_PRECISION_NANO, error)
     if handle == NULL:
-        return error.decode(errors="replace"), None, 0, 0, 0, 0, 0
+        return error.decode(errors="replace"), None, *notes.values()
     try:
         if pcap_datalink(handle) != DLT_EN10MB:
             link = pcap_datalink_val_to_name(pcap_datalink(handle))
-            return None, (link.decode() if link != NULL else f"DLT {pcap_datalink(handle)}"), 0, 0, 0, 0, 0
+            return None, (link.decode() if link != NULL else f"DLT {pcap_datalink(handle)}"), *notes.values()
         with nogil:
             while True:
                 status = pcap_next_ex(handle, &header, &data)
                 if status != 1:
                     break
-                frames += 1
-                total += header.caplen
-                cut += header.caplen < header.len
-                if header.caplen > longest:
-                    longest = header.caplen
-                if count and fc_decode(data, header.caplen, &wire) == FC_WIRE_OK:
-                    for i in range(count):
-                        if (wire.dest_qp == wanted[i].queue_pair and memcmp(wire.source, wanted[i].source, 16) == 0
-                                and memcmp(wire.destination, wanted[i].destination, 16) == 0):
-                            matched += 1
-                            break
-        if status == -1:
-            return pcap_geterr(handle).decode(errors="replace"), None, frames, total, cut, longest, matched
-        return None, None, frames, total, cut, longest, matched
+                notes.note(data, header.caplen, header.len)
+        return pcap_geterr(handle).decode(errors="replace") if status == -1 else None, None, *notes.values()
     finally:
         pcap_close(handle)
 

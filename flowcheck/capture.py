@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowcheck import _capture
+from flowcheck._guarded_file import GuardedFile
 from flowcheck.errors import CaptureError
 
-__all__ = ["CaptureSummary", "frames", "validate"]
+__all__ = ["CaptureSummary", "frames", "plain", "validate"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,33 @@ def validate(path: str | Path, flows: Iterable[tuple[bytes, bytes, int]] = ()) -
         raise CaptureError(f"{path}: cannot read the capture: {error.strerror}", str(path)) from error
     if size == 0:
         raise CaptureError(f"{path}: the file is empty; expected a pcap or pcapng file", str(path))
+    if found := plain(path, flows):
+        found[0].close()
+        return found[1]
     error, link, *counts = _capture.scan(os.fsencode(path), list(flows))
     if link is not None:
         raise CaptureError(f"{path}: link type {link}; expected EN10MB (Ethernet)", str(path))
     if error is not None:
         raise CaptureError(f"{path}: cannot be read past frame {counts[0]}: {error}", str(path))
     return CaptureSummary(*counts)
+
+
+def plain(
+    path: str | Path, flows: Iterable[tuple[bytes, bytes, int]] = ()
+) -> tuple[GuardedFile, CaptureSummary] | None:
+    """Map a capture whose frames can be taken where they lie, and return it and what it holds; None if it is not such a one.
+
+    It is one if it is a whole file of Ethernet frames, pcap or little-endian pcapng of one interface. Arguments as for `validate`.
+    """
+    try:
+        file = GuardedFile(os.fsencode(path))
+    except OSError:
+        return None
+    counts = _capture.scan_plain(file, list(flows))
+    if counts is None or file.cut:
+        file.close()
+        return None
+    return file, CaptureSummary(*counts)
 
 
 def frames(path: str | Path) -> Iterator[bytes]:

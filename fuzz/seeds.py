@@ -43,10 +43,10 @@ def _frames() -> list[bytes]:
     return out + _from_captures()
 
 
-def _pcap(frames: list[bytes]) -> bytes:
+def _pcap(frames: list[bytes], order: str = "<", magic: int = 0xA1B2C3D4) -> bytes:
     """Return a pcap file: magic, 2.4, no zone, longest frame, Ethernet; then time, length and length of each."""
-    head = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1)
-    return head + b"".join(struct.pack("<IIII", 1, 2, len(frame), len(frame)) + frame for frame in frames)
+    head = struct.pack(f"{order}IHHiIII", magic, 2, 4, 0, 0, 65535, 1)
+    return head + b"".join(struct.pack(f"{order}IIII", 1, 2, len(frame), len(frame)) + frame for frame in frames)
 
 
 def _pcapng(frames: list[bytes]) -> bytes:
@@ -63,7 +63,8 @@ def _pcapng(frames: list[bytes]) -> bytes:
 
 def _captures() -> list[bytes]:
     some = _frames()[:8]
-    return [_pcap([]), _pcap(some[:2]), _pcapng([]), _pcapng(some[2:4]), _pcapng(some)[:700]]
+    others = [_pcap(some[:2], ">"), _pcap(some[:2], magic=0xA1B23C4D)]
+    return [_pcap([]), _pcap(some[:2]), *others, _pcapng([]), _pcapng(some[2:4]), _pcapng(some)[:700]]
 
 
 def _from_captures(most: int = 200) -> list[bytes]:

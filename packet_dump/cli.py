@@ -62,6 +62,7 @@ def main(
     from flowcheck.eal import Eal
     from flowcheck.errors import ConfigError
     from flowcheck.layout import frames_per_iteration
+    from flowcheck.mapped import populate
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
     from packet_dump.dump import FileDump, InterfaceDump, PortDump
@@ -80,6 +81,7 @@ def main(
         interfaces.check(interface)
     environment = Eal.start(eal)
     with PacketRing.for_stream(ring_path, job, stream, records) as ring, closing(CopyEngine(dma)) as engine:
+        populate(ring.memory)
         if capture is not None:
             dump = FileDump(environment, capture, ring, engine)
         elif interface is not None:

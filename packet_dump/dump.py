@@ -18,11 +18,11 @@ from pathlib import Path
 from flowcheck._copy import CopyEngine
 
 from flowcheck import interfaces
-from flowcheck.capture import validate
+from flowcheck.capture import plain, validate
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.mapped import PAGE
 from flowcheck.ring import PacketRing
-from packet_dump._dump import DumpLoop
+from packet_dump._dump import DumpLoop, FileLoop
 
 __all__ = ["FileDump", "InterfaceDump", "PortDump"]
 
@@ -40,13 +40,14 @@ COUNT_S = 0.02
 class _Dump:
     """What file and port have in common."""
 
-    def __init__(
+    _loop: DumpLoop | FileLoop
+
+    def _open_port(
         self, ring: PacketRing, devargs: str, *, live: bool, waits: bool, frames: int, engine: CopyEngine | None
     ) -> None:
-        self._engine = engine or CopyEngine()
-        self._engine.register(ring.memory)
-        self._loop = DumpLoop(ring.memory, devargs, live, waits, frames, self._engine)
-        self._owns_engine = engine is None
+        engine = engine or CopyEngine()  # without devices: there is nothing to give back
+        engine.register(ring.memory)
+        self._loop = DumpLoop(ring.memory, devargs, live, waits, frames, engine)
 
     def poll(self) -> int:
         """Move one burst; return how many frames came."""
@@ -66,12 +67,13 @@ class _Dump:
     def close(self) -> None:
         """Stop the port and give its buffers back."""
         self._loop.close()
-        if self._owns_engine:
-            self._engine.close()
 
 
 class FileDump(_Dump):
-    """Dumps a capture file through DPDK's pcap driver; a full ring makes it wait.
+    """Dumps a capture file; a full ring makes it wait.
+
+    A plain file's frames are copied from where they lie in it, mapped. What is not plain (`flowcheck.capture.plain`) comes through
+    DPDK's pcap driver, and so does all if DMA engines copy: they reach the driver's buffers, not a file's pages.
 
     Args:
         eal: DPDK, started.
@@ -82,24 +84,23 @@ class FileDump(_Dump):
 
     def __init__(self, eal: object, path: str | Path, ring: PacketRing, engine: CopyEngine | None = None) -> None:
         self._path = Path(path)
-        frames = validate(path).frames
-        if frames < ring.written:
+        found = None if engine is not None and engine.names else plain(path)
+        self._file, summary = found or (None, validate(path))
+        if summary.frames < ring.written:
             raise CaptureError(
-                f"{path}: {frames} frames, but the ring has {ring.written} of an earlier dump", str(path)
+                f"{path}: {summary.frames} frames, but the ring has {ring.written} of an earlier dump", str(path)
             )
+        self._folder: Path | None = None
+        if self._file is not None:
+            self._loop = FileLoop(ring.memory, self._file, summary.frames)
+            return
         # Device arguments know neither quoting nor escapes: the driver gets a name without commas.
         self._folder = Path(tempfile.mkdtemp(prefix="flowcheck-dump-"))
         link = self._folder / "capture"
         link.symlink_to(self._path.resolve())
+        devargs = f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}"
         try:
-            super().__init__(
-                ring,
-                f"net_pcap_fc{os.getpid()}_{next(_numbers)},rx_pcap={link}",
-                live=False,
-                waits=True,
-                frames=frames,
-                engine=engine,
-            )
+            self._open_port(ring, devargs, live=False, waits=True, frames=summary.frames, engine=engine)
         except BaseException:
             shutil.rmtree(self._folder)
             raise
@@ -107,17 +108,20 @@ class FileDump(_Dump):
     def poll(self) -> int:
         """Move one burst; return how many frames came."""
         moved = self._loop.poll()
-        if not moved and self._loop.empty_polls > EMPTY_POLLS:
-            taken = self._loop.frames_taken
+        if not moved and (self._loop.changed if self._file is not None else self._loop.empty_polls > EMPTY_POLLS):
+            taken = self._loop.state_values["written"]
             raise CaptureError(
-                f"{self._path}: the driver gives no frame after {taken}; was the file changed?", str(self._path)
+                f"{self._path}: no frame can be read after {taken}; was the file changed?", str(self._path)
             )
         return moved
 
     def close(self) -> None:
-        """Stop the port and give its buffers back."""
+        """Give the file, or the port and its buffers, back."""
+        if self._file is not None:
+            self._file.close()
+            return
         super().close()
-        if self._folder.exists():
+        if self._folder is not None and self._folder.exists():
             shutil.rmtree(self._folder)
 
 
@@ -139,7 +143,7 @@ class PortDump(_Dump):
         self._last: float | None = None  # frames taken when it ends, once it is told to
         self._waits = devargs.startswith("net_memif")
         self._ring = ring
-        super().__init__(ring, devargs, live=True, waits=self._waits, frames=0, engine=engine)
+        self._open_port(ring, devargs, live=True, waits=self._waits, frames=0, engine=engine)
 
     def poll(self) -> int:
         """Move one burst; return how many frames came."""

@@ -39,6 +39,7 @@ def main(
     from contextlib import closing
 
     from flowcheck import privileges
+    from flowcheck.mapped import populate
     from flowcheck.plan import load
     from flowcheck.ring import PacketRing
     from packet_parser.parser import Parser
@@ -46,6 +47,7 @@ def main(
     job = load(plan)
     identity = job.identity()
     with wait_for(ring_path, lambda: PacketRing.open(ring_path, identity), patience_s) as ring:
+        populate(ring.memory)
         with closing(Parser(ring, job, stream, direction)) as parser:
             privileges.drop()
             run(parser, busy=busy)

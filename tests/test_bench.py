@@ -17,7 +17,17 @@ from bench import report
 from bench.yardsticks import PIECE, Yardsticks
 
 ROOT = Path(__file__).parents[1]
-USUAL = {"dump", "parse", "parse_icrc", "extract_plain", "extract_ll", "extract_ll128", "extract_second", "chain_1core"}
+USUAL = {
+    "validate",
+    "dump",
+    "parse",
+    "parse_icrc",
+    "extract_plain",
+    "extract_ll",
+    "extract_ll128",
+    "extract_second",
+    "chain_1core",
+}
 NAMES = USUAL | {f"{name}_1024" for name in USUAL} | {"dump_null", "dump_null_1024"}
 NAMES |= {"update_fused", "update_default", "step_default", "update_memory", "log", "snapshot"}
 NAMES |= {"snapshot_torch_save", "snapshot_dcp_save", "snapshot_dcp_async_save", "parse_against_scapy"}

@@ -2,7 +2,7 @@
 """Frames arrive in the ring as they are in the file, by CPU and by DMA engines, also by ones that fail."""
 
 import itertools
-import struct
+import os
 import sys
 
 import numpy as np
@@ -14,6 +14,7 @@ from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
 from packet_dump.dump import FileDump, PortDump
 from tests import dma_faults, jobs, wire
+from tests.capture_files import SECONDS, pcap, pcapng
 
 pytestmark = pytest.mark.dpdk
 _devices = itertools.count(100)
@@ -24,12 +25,13 @@ def eal():
     return Eal.start()
 
 
-def write_pcap(path, frames):
-    with open(path, "wb") as file:
-        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, 1))
-        for number, frame in enumerate(frames):
-            file.write(struct.pack("<IIII", 1_700_000_000 + number, number, len(frame), len(frame)) + frame)
+def write(path, content):
+    path.write_bytes(content)
     return path
+
+
+def write_pcap(path, frames):
+    return write(path, pcap(frames))
 
 
 def frames_of(count, seed=0, longest=1200):
@@ -77,9 +79,94 @@ def test_every_frame_arrives_in_order_through_a_small_ring(eal, tmp_path, kind):
         dump.close()
         engine.close()
     assert got == sent
-    assert times == [(1_700_000_000 + n) * 10**9 + n * 1000 for n in range(3000)]
+    assert times == [(SECONDS + n) * 10**9 + n * 1000 for n in range(3000)]
     assert counters["received"] == 3000 and counters["dropped_ring_full"] == 0
     assert counters["engine_bytes"] == (0 if kind == "cpu" else sum(map(len, sent)))
+
+
+KINDS = {
+    **{
+        f"pcap {order} {unit}": (pcap, {"order": order, "nanoseconds": unit == 1}, unit)
+        for order in "<>"
+        for unit in (1000, 1)
+    },
+    "pcapng us": (pcapng, {}, 1000),
+    "pcapng ns": (pcapng, {"power": 9}, 1),
+    # What the driver is left with: it knows no nanoseconds, and no end.
+    "odd": (pcapng, {"order": ">"}, 1000),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_its_frames_and_their_time_stamps(eal, tmp_path, kind):
+    make, options, unit = KINDS[kind]
+    sent = [b"", *frames_of(300, seed=3), b"", b"\x55", bytes(127), bytes(128), bytes(129), b""]
+    path = write(tmp_path / "a", make(sent, **options))
+    with ring(tmp_path, records=64) as target:
+        dump = FileDump(eal, path, target)
+        got, times = run(dump, target)
+        dump.close()
+    assert got == sent
+    assert times == [(SECONDS + n) * 10**9 + n * unit for n in range(len(sent))]
+
+
+def test_frames_that_the_capture_cut_are_as_long_as_it_holds_them(eal, tmp_path):
+    sent = frames_of(100, seed=4)
+    with ring(tmp_path) as target:
+        dump = FileDump(eal, write(tmp_path / "a", pcap(sent, snap=200)), target)
+        got, _ = run(dump, target)
+        assert [int(target.record(n)["frame_length"][0]) for n in range(100)] == [len(f[:200]) for f in sent]
+        dump.close()
+    assert got == [f[:200] for f in sent]
+
+
+def test_what_a_file_gets_after_it_was_validated_is_left_out(eal, tmp_path):
+    sent = frames_of(100, seed=5)
+    path = write_pcap(tmp_path / "a.pcap", sent)
+    with ring(tmp_path, records=64) as target:
+        dump = FileDump(eal, path, target)
+        dump.poll()
+        with open(path, "ab") as file:
+            file.write(pcap(frames_of(50, seed=6))[24:])
+        got, _ = run(dump, target)
+        dump.close()
+    assert got == sent
+
+
+@pytest.mark.parametrize("size", [500_000, 503_807, 503_808, 503_809, 24 + 411 * 1216 + 8, 1_216_023])
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_file_that_is_cut_while_it_is_dumped_is_an_error_and_leaves_no_wrong_frame(eal, tmp_path, size, looked_at):
+    """Also where its last page was read before."""
+    sent = [bytes([n % 255 + 1]) * 1200 for n in range(1000)]
+    path = write_pcap(tmp_path / "a.pcap", sent)
+    with ring(tmp_path) as target:
+        dump = FileDump(eal, path, target)
+        dump.poll()
+        if looked_at:
+            while target.written * 1216 < size - 160_000:
+                dump.poll()
+        before = target.written
+        os.truncate(path, size)
+        for _ in range(2):
+            with pytest.raises(CaptureError, match="changed"):
+                run(dump, target)
+        assert 0 < before == target.written and not target.ended
+        assert [target.frame(n) for n in range(before)] == sent[:before]
+        dump.close()
+
+
+def test_a_file_that_is_overwritten_while_it_is_dumped_is_an_error(eal, tmp_path):
+    sent = frames_of(600, seed=7)
+    path = write_pcap(tmp_path / "a.pcap", sent)
+    with ring(tmp_path, records=64) as target:
+        dump = FileDump(eal, path, target)
+        dump.poll()
+        with open(path, "r+b") as file:
+            file.seek(24 + sum(16 + len(f) for f in sent[:300]))
+            file.write(b"\xff" * 16)
+        with pytest.raises(CaptureError, match="no frame can be read after 300"):
+            run(dump, target)
+        dump.close()
 
 
 @pytest.mark.captures
@@ -118,9 +205,11 @@ def test_frames_longer_than_a_record_keep_their_length(eal, tmp_path):
     assert got == [frame[:512] for frame in sent] and lengths == [60, 5000, 20000, 60]
 
 
-def test_taken_over_at_any_burst_it_goes_on_where_it_was(eal, tmp_path):
+@pytest.mark.parametrize("kind", ["pcap < 1000", "pcapng ns", "odd"])
+def test_taken_over_at_any_burst_it_goes_on_where_it_was(eal, tmp_path, kind):
+    make, options, _ = KINDS[kind]
     sent = frames_of(700, seed=2)
-    path = write_pcap(tmp_path / "a.pcap", sent)
+    path = write(tmp_path / "a", make(sent, **options))
     with ring(tmp_path) as target:
         for _ in range(100):
             dump = FileDump(eal, path, target)
