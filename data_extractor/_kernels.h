@@ -28,7 +28,12 @@ typedef struct {
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define FC_STREAMED() _mm_sfence()
+/* DPDK's flags tune for a processor without AVX2, for which gcc cuts every unaligned load and store in two. */
+#if defined(__clang__)
 #define FC_AVX2 __attribute__((target("avx2")))
+#else
+#define FC_AVX2 __attribute__((target("avx2,tune=haswell")))
+#endif
 #else
 #define FC_STREAMED() ((void)0)
 #endif
