@@ -10,10 +10,13 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from data_extractor._lines cimport fc_ll128_run, fc_ll128_runs, fc_ll128_strip, fc_ll_kernel, fc_ll_strip
+from data_extractor._lines cimport (
+    FC_COMPARE, FC_OTHER_BYTES, FC_OTHER_FLAG, FC_STORE, FC_STREAM, FC_STREAMED, fc_kernels, fc_kernels_of, fc_ll128_run,
+    fc_ll128_runs, fc_ll128_take, fc_ll_take,
+)
 from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
-    FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_PLAIN, FC_FETCH_ADD, FC_FETCH_OR,
+    FC_CONFLICT, FC_CONTROL, FC_DUPLICATE, FC_ENCODING_LL, FC_ENCODING_LL128, FC_ENCODING_PLAIN,
     FC_INITIAL_STATE, FC_LATE, FC_LOAD_ACQUIRE, FC_PARTIAL_SUM, FC_PLACED, FC_REASON_CONFLICT, FC_REASON_END_OF_STREAM,
     FC_REASON_MISSING, FC_REASON_NONE, FC_SLOT_FILLING, FC_SLOT_INCOMPLETE, FC_SLOT_WHOLE, FC_STEP_RECORD, FC_STORE_RELEASE,
     FC_UNSYNCHRONISED, FC_VERDICT_NONE, FC_VERDICTS, fc_extract_state, fc_publish, fc_record, fc_recover,
@@ -28,10 +31,10 @@ cdef extern from "rte_prefetch.h" nogil:
 cdef extern from * nogil:
     """
     #define FC_POPCOUNT(x) ((uint64_t)__builtin_popcountll(x))
-    #define FC_FETCH_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
+    #define FC_LOWEST(x) ((uint32_t)__builtin_ctzll(x))
     """
     uint64_t FC_POPCOUNT(uint64_t value)
-    uint64_t FC_FETCH_AND(uint64_t *p, uint64_t value)
+    uint32_t FC_LOWEST(uint64_t value)  # set bit of a value that is not 0
 
 cdef enum:
     BURST = 256
@@ -44,6 +47,12 @@ cdef enum:
     # A payload is below 64 KiB: 8192 units, in so many words of a bitmap (one more where it begins inside a word).
     MOST_WORDS = 129
     STALLED = 255               # not a verdict: the record must wait for a slot
+    AHEAD = 48                  # records between the one that is placed and the one whose header is fetched
+    FIRST_LINES = 8             # of the following payload, fetched while one is placed
+    MOST_WAITING = 32           # ranges that are placed before they are made done
+    HAS_NONE = 0                # of a range of units
+    HAS_SOME = 1
+    HAS_ALL = 2
 
 cdef struct ring_view:
     fc_ring_header *header
@@ -69,9 +78,21 @@ cdef struct revision_view:
 cdef struct window:
     uint64_t first              # of the range, from the start of the slot's data
     uint64_t bytes              # from the first unit's begin to the last byte that counts
-    uint32_t words              # of the bitmap, 0: the payload brings none
+    uint64_t units              # of the range, 0: the payload brings none
     bint whole                  # all units of the range are brought
-    uint64_t bits[MOST_WORDS]   # bit (first % 64 + i) stands for unit first + i
+    uint32_t words              # of the bitmap
+    uint64_t bits[MOST_WORDS]   # bit (first % 64 + i) stands for unit first + i; not there yet if all units are brought
+
+
+# A range of units whose bytes are placed and which are not done yet, or that came again.
+cdef struct placed_range:
+    fc_slot *slot
+    uint64_t first
+    uint64_t units
+    uint64_t first_ns           # reception of its first packet, and of its last
+    uint64_t last_ns
+    uint16_t connection
+    bint fresh                  # they came first
 
 
 cdef inline uint64_t _bits_between(uint64_t word, uint64_t low, uint64_t high) noexcept nogil:
@@ -91,44 +112,44 @@ cdef void _mark(window *where, uint64_t begin, uint64_t count) noexcept nogil:
         where.bits[word] |= _bits_between(word, low, high)
 
 
+cdef void _mark_none(window *where) noexcept nogil:
+    """Make room for the bits of a range."""
+    where.words = <uint32_t> ((where.first % 64 + where.units + 63) // 64)
+    memset(where.bits, 0, 8 * where.words)
+
+
+cdef int _held(const uint64_t *bitmap, uint64_t first, uint64_t units) noexcept nogil:
+    """Return how many of a range's units a bitmap has: HAS_NONE, HAS_SOME or HAS_ALL."""
+    cdef uint64_t end = first + units, word, bits, have, found = 0, lacking = 0
+    for word in range(first // 64, (end + 63) // 64):
+        bits = _bits_between(word, first, end)
+        have = bitmap[word] & bits
+        found |= have
+        lacking |= have ^ bits
+    return HAS_NONE if found == 0 else HAS_SOME if lacking else HAS_ALL
+
+
+cdef void _add(uint64_t *bitmap, uint64_t first, uint64_t units) noexcept nogil:
+    """Set the bits of a range, after all that was written before."""
+    cdef uint64_t end = first + units, word
+    for word in range(first // 64, (end + 63) // 64):
+        FC_STORE_RELEASE(&bitmap[word], bitmap[word] | _bits_between(word, first, end))
+
+
+cdef void _remove(uint64_t *bitmap, uint64_t first, uint64_t units) noexcept nogil:
+    """Clear the bits of a range."""
+    cdef uint64_t end = first + units, word
+    for word in range(first // 64, (end + 63) // 64):
+        bitmap[word] &= ~_bits_between(word, first, end)
+
+
 cdef bint _cover(const fc_record *record, window *where) noexcept nogil:
     """Find the units that a record's payload brings; False if its annotation cannot be."""
-    cdef uint64_t begin, end, line, last, low, high, units
-    cdef fc_ll128_run runs[2]
-    cdef uint32_t count, i
+    cdef uint64_t begin, end
     if record.destination % 8:
         return False
     if record.encoding == FC_ENCODING_LL128:
-        if record.payload_length % 128 or record.wire_offset % 128:
-            return False
-        line, last = record.wire_offset // 128, (<uint64_t> record.wire_offset + record.payload_length) // 128
-        units = (<uint64_t> record.message_bytes + 7) // 8
-        low, high = ~(<uint64_t> 0), 0
-        for i in range(<uint32_t> line, <uint32_t> last):
-            for count in range(fc_ll128_runs(i, runs)):
-                begin, end = runs[count].unit, runs[count].unit + runs[count].units
-                end = end if end < units else units
-                if begin < end:
-                    low = begin if begin < low else low
-                    high = end if end > high else high
-        where.words = 0
-        if low >= high:
-            return True
-        where.first = record.destination // 8 + low
-        where.words = <uint32_t> ((where.first % 64 + high - low + 63) // 64)
-        where.bytes = (8 * high if 8 * high < record.message_bytes else record.message_bytes) - 8 * low
-        memset(where.bits, 0, 8 * where.words)
-        for i in range(<uint32_t> line, <uint32_t> last):
-            for count in range(fc_ll128_runs(i, runs)):
-                begin, end = runs[count].unit, runs[count].unit + runs[count].units
-                end = end if end < units else units
-                if begin < end:
-                    _mark(where, begin - low, end - begin)
-        units = 0
-        for i in range(where.words):
-            units += FC_POPCOUNT(where.bits[i])
-        where.whole = units == high - low
-        return True
+        return _cover_ll128(record, where)
     if record.encoding == FC_ENCODING_LL:
         if record.payload_length % 16 or record.wire_offset % 16:
             return False
@@ -138,28 +159,66 @@ cdef bint _cover(const fc_record *record, window *where) noexcept nogil:
         begin, end = record.wire_offset, <uint64_t> record.wire_offset + record.payload_length
     else:
         return False
-    end = end if end < record.message_bytes else record.message_bytes
     if begin % 8:
         return False
-    where.words = 0
-    if begin >= end:
-        return True
+    _cover_all(record, where, begin, end)
+    return True
+
+
+cdef void _cover_all(const fc_record *record, window *where, uint64_t begin, uint64_t end) noexcept nogil:
+    """Say that a payload brings all of a message's bytes [begin, end) that count."""
+    end = end if end < record.message_bytes else record.message_bytes
     where.first = (record.destination + begin) // 8
-    where.bytes = end - begin
-    where.words = <uint32_t> ((where.first % 64 + (where.bytes + 7) // 8 + 63) // 64)
-    memset(where.bits, 0, 8 * where.words)
-    _mark(where, 0, (where.bytes + 7) // 8)
+    where.bytes = end - begin if begin < end else 0
+    where.units = (where.bytes + 7) // 8
     where.whole = True
+
+
+cdef bint _cover_ll128(const fc_record *record, window *where) noexcept nogil:
+    cdef uint64_t begin, end, line, last, low, high, units
+    cdef fc_ll128_run runs[2]
+    cdef uint32_t count, i
+    if record.payload_length % 128 or record.wire_offset % 128:
+        return False
+    line, last = record.wire_offset // 128, (<uint64_t> record.wire_offset + record.payload_length) // 128
+    if line % 8 == 0 and last % 8 == 0:  # halves of groups, which have no gaps
+        _cover_all(record, where, 120 * line, 120 * last)
+        return True
+    units = (<uint64_t> record.message_bytes + 7) // 8
+    low, high = ~(<uint64_t> 0), 0
+    for i in range(<uint32_t> line, <uint32_t> last):
+        for count in range(fc_ll128_runs(i, runs)):
+            begin, end = runs[count].unit, runs[count].unit + runs[count].units
+            end = end if end < units else units
+            if begin < end:
+                low = begin if begin < low else low
+                high = end if end > high else high
+    where.units = high - low if low < high else 0
+    if where.units == 0:
+        return True
+    where.first = record.destination // 8 + low
+    where.bytes = (8 * high if 8 * high < record.message_bytes else record.message_bytes) - 8 * low
+    _mark_none(where)
+    for i in range(<uint32_t> line, <uint32_t> last):
+        for count in range(fc_ll128_runs(i, runs)):
+            begin, end = runs[count].unit, runs[count].unit + runs[count].units
+            end = end if end < units else units
+            if begin < end:
+                _mark(where, begin - low, end - begin)
+    units = 0
+    for i in range(where.words):
+        units += FC_POPCOUNT(where.bits[i])
+    where.whole = units == where.units
     return True
 
 
 def strip(bytes source, uint32_t flag, str kernel="auto"):
     """strip(source, flag, kernel="auto") -> the data bytes of LL lines, or None if a flag is wrong.
 
-    kernel: "auto", "scalar", "avx2" or "avx512"; ValueError if this processor has not got it.
+    kernel: "auto", "scalar" or "avx2"; ValueError if this processor has not got it.
     """
-    cdef fc_ll_strip function = fc_ll_kernel(kernel.encode())
-    if function == NULL:
+    cdef const fc_kernels *kernels = fc_kernels_of(kernel.encode())
+    if kernels == NULL:
         raise ValueError(f"this processor has no {kernel} kernel")
     if len(source) % 16:
         raise ValueError(f"{len(source)} bytes are not whole lines of 16")
@@ -167,10 +226,10 @@ def strip(bytes source, uint32_t flag, str kernel="auto"):
     cdef uint8_t *out = target
     cdef const uint8_t *into = source
     cdef size_t lines = len(source) // 16
-    cdef int right
+    cdef int other
     with nogil:
-        right = function(out, into, lines, flag)
-    return bytes(target) if right else None
+        other = kernels.ll(out, into, lines, flag, FC_STORE)
+    return None if other else bytes(target)
 
 
 cdef class ExtractLoop:
@@ -189,10 +248,13 @@ cdef class ExtractLoop:
     cdef uint64_t edge_of[MOST_CONNECTIONS]  # its number among those that are mirrored
     cdef revision_view initial_view
     cdef uint64_t silence_ns
-    cdef fc_ll_strip strip
+    cdef const fc_kernels *kernels
     cdef CopyEngine engine
     cdef uint8_t *scratch
     cdef bytearray _scratch
+    cdef placed_range waiting[MOST_WAITING]
+    cdef uint32_t waiting_count
+    cdef fc_slot *last_slot     # that was placed into, NULL at first
 
     def __cinit__(self, rings, memories, connections, slots_memory, uint64_t first_offset, uint64_t gradients_offset,
                   revisions, initial, uint64_t initial_connections, edges, uint64_t silence_ns, CopyEngine engine not None, str kernel="auto"):
@@ -201,10 +263,11 @@ cdef class ExtractLoop:
         cdef uint32_t i, at
         if len(memories) > MOST_RINGS:
             raise FlowCheckError(f"{len(memories)} streams: the extractor takes {MOST_RINGS}")
-        self.strip = fc_ll_kernel(kernel.encode())
-        if self.strip == NULL:
+        self.kernels = fc_kernels_of(kernel.encode())
+        if self.kernels == NULL:
             raise ValueError(f"this processor has no {kernel} kernel")
         self.engine = engine
+        self.waiting_count, self.last_slot = 0, NULL
         self.silence_ns = silence_ns
         self._scratch = bytearray(65536 + 64)
         self.scratch = self._scratch
@@ -353,13 +416,8 @@ cdef class ExtractLoop:
         cdef uint8_t *data
         cdef fc_slot *slot
         cdef uint64_t *claim
-        cdef uint64_t *done
-        cdef uint64_t *seen
         cdef window where
-        cdef uint64_t fresh[MOST_WORDS]
-        cdef uint64_t have, bits, unit
-        cdef uint32_t i
-        cdef bint all_new = True, any_new = False, equal = True
+        cdef int held, other
         cdef uint8_t verdict = record.verdict
 
         if record.payload_length == 0:
@@ -369,101 +427,156 @@ cdef class ExtractLoop:
             return FC_UNSYNCHRONISED
         if not _cover(record, &where):
             return FC_UNSYNCHRONISED
-        if where.words == 0:
+        if where.units == 0:
             if verdict == FC_STEP_RECORD:
                 return FC_PARTIAL_SUM  # of the digests behind a record
             return FC_CONTROL  # what lies behind the message's data is whatever the sender's register held
         if record.iteration < self.header.settled_next:
             return record.decision if record.decision else (verdict if verdict == FC_INITIAL_STATE else FC_LATE)
-        slot = self._slot(record.iteration)
-        if slot == NULL:
-            return STALLED
+        slot = self.last_slot
+        if slot == NULL or slot.iteration != record.iteration:
+            slot = self.last_slot = self._slot(record.iteration)
+            if slot == NULL:
+                return STALLED
         if record.destination > slot.data_bytes or 8 * where.first + where.bytes > slot.data_bytes:
             return FC_UNSYNCHRONISED
-        if where.first + (where.bytes + 7) // 8 > slot.units:
+        if where.first + where.units > slot.units:
             return FC_UNSYNCHRONISED
 
-        claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset) + where.first // 64
-        done = <uint64_t *> (<uint8_t *> slot + slot.done_offset) + where.first // 64
+        claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset)
+        held = _held(claim, where.first, where.units) if where.whole else HAS_SOME
+        if held == HAS_SOME:
+            return self._place_in_part(record, payload, slot, &where)
         data = <uint8_t *> slot + slot.data_offset + 8 * where.first
-        for i in range(where.words):
-            have = FC_FETCH_OR(&claim[i], where.bits[i])
-            fresh[i] = where.bits[i] & ~have
-            all_new &= fresh[i] == where.bits[i]
-            any_new |= fresh[i] != 0
+        if held == HAS_NONE:
+            _add(claim, where.first, where.units)
+        other = self._take(record, payload, data, &where, FC_STREAM if held == HAS_NONE else FC_COMPARE)
+        if other:
+            if held == HAS_NONE:
+                _remove(claim, where.first, where.units)
+            if other & FC_OTHER_FLAG:
+                return FC_UNSYNCHRONISED
+            slot.conflicts += 1
+            return FC_CONFLICT
+        if held == HAS_ALL and verdict == FC_PLACED:
+            verdict = FC_DUPLICATE
+        if record.decision == FC_VERDICT_NONE:
+            record.decision = verdict
+        self._wait(slot, record, where.first, where.units, held == HAS_NONE)
+        return record.decision
 
-        if all_new and where.whole:
-            equal = self._take(record, payload, data, &where)
-            if not equal:
-                verdict = FC_UNSYNCHRONISED
-        elif not self._take(record, payload, self.scratch, &where):
-            equal = False
-            verdict = FC_UNSYNCHRONISED
-        else:
-            for unit in range((where.bytes + 7) // 8):
-                i = <uint32_t> ((where.first % 64 + unit) // 64)
-                bits = <uint64_t> 1 << ((where.first + unit) % 64)
-                have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
-                if where.bits[i] & ~fresh[i] & bits and memcmp(data + 8 * unit, self.scratch + 8 * unit, have):
-                    equal = False
-            if not equal:
-                slot.conflicts += 1
-                verdict = FC_CONFLICT
-            elif any_new:
-                for unit in range((where.bytes + 7) // 8):
-                    i = <uint32_t> ((where.first % 64 + unit) // 64)
-                    have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
-                    if fresh[i] >> ((where.first + unit) % 64) & 1:
-                        memcpy(data + 8 * unit, self.scratch + 8 * unit, have)
-            elif verdict == FC_PLACED and record.decision == FC_VERDICT_NONE:
-                verdict = FC_DUPLICATE
+    cdef void _wait(self, fc_slot *slot, const fc_record *record, uint64_t first, uint64_t units, bint fresh) noexcept nogil:
+        """Have `_make_done` do a range of units later; what continues the range before is one with it."""
+        cdef placed_range *entry
+        if self.waiting_count:
+            entry = &self.waiting[self.waiting_count - 1]
+            if (entry.first + entry.units == first and entry.slot == slot and entry.fresh == fresh
+                    and entry.connection == record.connection):
+                entry.units += units
+                entry.last_ns = record.timestamp_ns
+                return
+        if self.waiting_count == MOST_WAITING:
+            self._make_done()
+        entry = &self.waiting[self.waiting_count]
+        entry.slot, entry.first, entry.units, entry.fresh = slot, first, units, fresh
+        entry.first_ns, entry.last_ns, entry.connection = record.timestamp_ns, record.timestamp_ns, record.connection
+        self.waiting_count += 1
+
+    cdef void _make_done(self) noexcept nogil:
+        """Make done what was placed and decided.
+
+        For many records at once, since their bytes may have gone past the caches: to wait until those have arrived costs as
+        much as a small payload.
+        """
+        cdef placed_range *entry
+        cdef uint32_t i
+        if self.waiting_count == 0:
+            return
+        FC_STREAMED()
+        for i in range(self.waiting_count):
+            entry = &self.waiting[i]
+            if entry.fresh:
+                _add(<uint64_t *> (<uint8_t *> entry.slot + entry.slot.done_offset), entry.first, entry.units)
+                self._count(entry.slot, entry.units, entry.first_ns, entry.last_ns)
+            if entry.slot.edges_offset != entry.slot.done_offset and entry.connection < MOST_CONNECTIONS:
+                # Who takes over between this and the lines above finds all of it claimed, and comes here again.
+                _add(self._seen(entry.slot, entry.connection), entry.first, entry.units)
+        self.waiting_count = 0
+
+    cdef inline uint64_t *_seen(self, fc_slot *slot, uint16_t connection) noexcept nogil:
+        """Return the bitmap of what a connection's edge brought."""
+        return <uint64_t *> (<uint8_t *> slot + slot.edges_offset
+                             + self.edge_of[connection] * (slot.done_offset - slot.claim_offset))
+
+    cdef inline void _count(self, fc_slot *slot, uint64_t units, uint64_t first_ns, uint64_t last_ns) noexcept nogil:
+        slot.done_units += units
+        if slot.first_ns == 0:
+            slot.first_ns = first_ns
+        slot.last_ns = last_ns
+
+    cdef uint8_t _place_in_part(self, fc_record *record, uint8_t *payload, fc_slot *slot, window *where) noexcept nogil:
+        """Place what of a payload is new and compare the rest; return its verdict."""
+        cdef uint64_t *claim = <uint64_t *> (<uint8_t *> slot + slot.claim_offset) + where.first // 64
+        cdef uint64_t *done = <uint64_t *> (<uint8_t *> slot + slot.done_offset) + where.first // 64
+        cdef uint8_t *data = <uint8_t *> slot + slot.data_offset + 8 * where.first
+        cdef uint64_t *seen
+        cdef uint64_t fresh[MOST_WORDS]
+        cdef uint64_t have, bits, unit
+        cdef uint32_t i
+        cdef bint any_new = False, equal = True
+        cdef uint8_t verdict = record.verdict
+        self._make_done()
+        if where.whole:
+            _mark_none(where)
+            _mark(where, 0, where.units)
+        if self._take(record, payload, self.scratch, where, FC_STORE):
+            return FC_UNSYNCHRONISED
+        for i in range(where.words):
+            fresh[i] = where.bits[i] & ~claim[i]
+            any_new |= fresh[i] != 0
+        for unit in range(where.units):
+            i = <uint32_t> ((where.first % 64 + unit) // 64)
+            bits = <uint64_t> 1 << ((where.first + unit) % 64)
+            have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
+            if where.bits[i] & ~fresh[i] & bits and memcmp(data + 8 * unit, self.scratch + 8 * unit, have):
+                equal = False
         if not equal:
-            for i in range(where.words):
-                FC_FETCH_AND(&claim[i], ~fresh[i])
-            return verdict
+            slot.conflicts += 1
+            return FC_CONFLICT
+        for i in range(where.words):
+            claim[i] |= fresh[i]
+        if not any_new and verdict == FC_PLACED:
+            verdict = FC_DUPLICATE
+        for unit in range(where.units if any_new else 0):
+            i = <uint32_t> ((where.first % 64 + unit) // 64)
+            have = 8 if 8 * unit + 8 <= where.bytes else where.bytes - 8 * unit
+            if fresh[i] >> ((where.first + unit) % 64) & 1:
+                memcpy(data + 8 * unit, self.scratch + 8 * unit, have)
         if record.decision == FC_VERDICT_NONE:
             record.decision = verdict
         bits = 0
         for i in range(where.words):
-            if fresh[i]:
-                FC_FETCH_OR(&done[i], fresh[i])
-                bits += FC_POPCOUNT(fresh[i])
-        if slot.edges_offset != slot.done_offset and record.connection < MOST_CONNECTIONS:
-            # Who takes over between this and the line above finds all of it claimed, and comes here again.
-            seen = <uint64_t *> (<uint8_t *> slot + slot.edges_offset + self.edge_of[record.connection]
-                                 * (slot.done_offset - slot.claim_offset)) + where.first // 64
-            for i in range(where.words):
-                if where.bits[i] & ~seen[i]:
-                    FC_FETCH_OR(&seen[i], where.bits[i])
+            FC_STORE_RELEASE(&done[i], done[i] | fresh[i])
+            bits += FC_POPCOUNT(fresh[i])
         if bits:
-            FC_FETCH_ADD(&slot.done_units, bits)
-            if slot.first_ns == 0:
-                slot.first_ns = record.timestamp_ns
-            slot.last_ns = record.timestamp_ns
+            self._count(slot, bits, record.timestamp_ns, record.timestamp_ns)
+        if slot.edges_offset != slot.done_offset and record.connection < MOST_CONNECTIONS:
+            seen = self._seen(slot, record.connection) + where.first // 64
+            for i in range(where.words):
+                seen[i] |= where.bits[i]
         return record.decision
 
-    cdef bint _take(self, fc_record *record, uint8_t *payload, uint8_t *data, window *where) noexcept nogil:
-        """Bring a payload's data bytes to `data`, the first of its units; False if a line's flag is not the message's."""
-        cdef uint64_t lines, first
-        cdef uint8_t tail[8]
-        if record.encoding == FC_ENCODING_PLAIN:
-            self.engine.copy(data, payload, where.bytes)
-            return True
+    cdef int _take(self, fc_record *record, uint8_t *payload, uint8_t *data, window *where, int how) noexcept nogil:
+        """Bring a payload's data bytes to `data`, the first of its units, or compare them; return what was other than it should be."""
+        if record.encoding == FC_ENCODING_LL:
+            return fc_ll_take(self.kernels.ll, data, payload, record.payload_length // 16, record.flag, where.bytes, how)
         if record.encoding == FC_ENCODING_LL128:
-            first = where.first - record.destination // 8
-            return fc_ll128_strip(data, payload, record.wire_offset // 128, record.payload_length // 128, record.flag,
-                                  first, where.bytes)
-        lines = where.bytes // 8
-        if not self.strip(data, payload, lines, <uint32_t> record.flag):
-            return False
-        # Lines from there on carry nothing, but their flags must be right like all others.
-        while lines < record.payload_length // 16:
-            if not self.strip(tail, payload + 16 * lines, 1, <uint32_t> record.flag):
-                return False
-            if 8 * lines < where.bytes:
-                memcpy(data + 8 * lines, tail, where.bytes - 8 * lines)
-            lines += 1
-        return True
+            return fc_ll128_take(self.kernels.ll128, data, payload, record.wire_offset // 128, record.payload_length // 128,
+                                 record.flag, where.first - record.destination // 8, where.bytes, how)
+        if how == FC_STREAM and self.engine.device_count:
+            self.engine.copy(data, payload, where.bytes)
+            return 0
+        return self.kernels.plain(data, payload, where.bytes, 0, how)
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
@@ -486,7 +599,7 @@ cdef class ExtractLoop:
         messages once. A live stream is not waited for where another one has no room to go on.
         """
         cdef uint32_t i, connection
-        cdef uint64_t expected = self._expected(iteration)
+        cdef uint64_t expected = self._expected(iteration), awaited
         cdef ring_view *ring
         cdef bint out, crowded = False
         ended[0] = False
@@ -495,8 +608,11 @@ cdef class ExtractLoop:
         for i in range(self.ring_count):
             ring = &self.rings[i]
             out = self._drained(ring)
-            for connection in range(MOST_CONNECTIONS):
-                if not (ring.connections & expected) >> connection & 1 or ring.state.settled[connection] > iteration:
+            awaited = ring.connections & expected
+            while awaited:
+                connection = FC_LOWEST(awaited)
+                awaited &= awaited - 1
+                if ring.state.settled[connection] > iteration:
                     continue
                 if whole and (ring.state.reached[connection] > iteration or (ring.header.live and crowded)):
                     continue
@@ -575,29 +691,33 @@ cdef class ExtractLoop:
         cdef uint64_t *edges = <uint64_t *> (<uint8_t *> slot + slot.edges_offset)
         cdef uint64_t several = self.header.edges if slot.edges_offset != slot.done_offset else 1
         cdef uint64_t least[3]      # units that one edge brought at least, two, three
-        cdef uint64_t counts[4]
+        cdef uint64_t bytes[4]      # brought by no edge at least, and so on
         cdef uint64_t word, mask, first, last, edge, bits, sources
         cdef uint32_t i
-        memset(counts, 0, sizeof(counts))
+        memset(bytes, 0, sizeof(bytes))
         for i in range(view.first_piece, view.first_piece + view.buckets):
             first, last = self.pieces[i][0], self.pieces[i][1]
-            sources = 0
+            memset(least, 0, sizeof(least))
             for word in range(first // 64, (last + 63) // 64):
                 mask = _bits_between(word, first, last)
-                memset(least, 0, sizeof(least))
-                for edge in range(several):
+                least[0], least[1], least[2] = edges[word] & mask, 0, 0
+                for edge in range(1, several):
                     bits = edges[edge * words + word] & mask
                     least[2] |= least[1] & bits
                     least[1] |= least[0] & bits
                     least[0] |= bits
-                counts[0] += 8 * (FC_POPCOUNT(mask) - FC_POPCOUNT(least[0]))
-                counts[1] += 8 * (FC_POPCOUNT(least[0]) - FC_POPCOUNT(least[1]))
-                counts[2] += 8 * (FC_POPCOUNT(least[1]) - FC_POPCOUNT(least[2]))
-                counts[3] += 8 * FC_POPCOUNT(least[2])
-                bits = <uint64_t> 1 << ((last - 1) % 64)
-                sources = ((least[0] & bits) != 0) + ((least[1] & bits) != 0) + ((least[2] & bits) != 0)
-            counts[sources] -= self.pieces[i][2]
-        memcpy(slot.source_bytes, counts, sizeof(counts))
+                bytes[1] += 8 * FC_POPCOUNT(least[0])
+                bytes[2] += 8 * FC_POPCOUNT(least[1])
+                bytes[3] += 8 * FC_POPCOUNT(least[2])
+            bits = <uint64_t> 1 << ((last - 1) % 64)
+            sources = ((least[0] & bits) != 0) + ((least[1] & bits) != 0) + ((least[2] & bits) != 0)
+            bytes[0] += 8 * (last - first)
+            # What the last unit lacks counts for nothing.
+            for edge in range(sources + 1):
+                bytes[edge] -= self.pieces[i][2]
+        for edge in range(3):
+            slot.source_bytes[edge] = bytes[edge] - bytes[edge + 1]
+        slot.source_bytes[3] = bytes[3]
 
     cdef void _reach(self, ring_view *ring, fc_record *record) noexcept nogil:
         """Note how far a record shows its connection to be."""
@@ -621,13 +741,15 @@ cdef class ExtractLoop:
         cdef uint64_t parsed = FC_LOAD_ACQUIRE(&ring.header.parsed)
         cdef uint64_t end = parsed if parsed - at < BURST else at + BURST
         cdef fc_record *record
+        cdef const fc_record *following
         cdef uint8_t verdict
+        cdef uint32_t line
         cdef uint64_t past
         cdef uint64_t bytes_before = self.engine.engine_bytes, failed_before = self.engine.engine_failed
         ring.stalled_at = 0
         while at < end:
             record = <fc_record *> (ring.records + (at & ring.mask) * ring.record_bytes)
-            rte_prefetch0(ring.records + ((at + 2) & ring.mask) * ring.record_bytes)
+            rte_prefetch0(ring.records + ((at + AHEAD) & ring.mask) * ring.record_bytes)
             verdict = record.verdict if record.verdict < FC_VERDICTS else FC_UNSYNCHRONISED
             if record.settled_lag and record.connection < MOST_CONNECTIONS:
                 past = record.iteration + 1
@@ -639,6 +761,11 @@ cdef class ExtractLoop:
                 self._reach(ring, record)
                 ring.last_proof_ns = now
             if verdict == FC_PLACED or verdict == FC_INITIAL_STATE or verdict == FC_STEP_RECORD:
+                following = <const fc_record *> (ring.records + ((at + 1) & ring.mask) * ring.record_bytes)
+                if at + 1 < end and following.verdict == verdict:
+                    # The processor goes on by itself where it sees reads in order, but not from one payload to the next.
+                    for line in range(<uint32_t> FIRST_LINES):
+                        rte_prefetch0(<const uint8_t *> following + sizeof(fc_record) + following.payload_offset + 64 * line)
                 verdict = self._place(ring, record)
                 if verdict == STALLED:
                     ring.stalled_at = record.iteration
@@ -646,6 +773,7 @@ cdef class ExtractLoop:
                 record.decision = verdict
             ring.state.counters[verdict] += 1
             at += 1
+        self._make_done()
         if at != ring.state.extracted:
             past = at - ring.state.extracted
             ring.state.extracted = at

@@ -24,8 +24,8 @@ class Extractor:
         rings: the packet rings of the plan's streams, in any order.
         plan: the job plan.
         slots: the slot file.
-        engine: copies plain payloads; the CPU if none is given. LL lines are always stripped by the CPU.
-        kernel: which LL kernel: "auto", "scalar", "avx2" or "avx512".
+        engine: copies plain payloads that are new; the CPU if none is given. Lines are always stripped, and second copies compared, by the CPU.
+        kernel: whose instructions place payloads: "auto", "scalar" or "avx2".
     """
 
     def __init__(

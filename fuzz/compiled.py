@@ -54,12 +54,13 @@ COMPILED = {
     "extractor": Compiled(
         (
             "*fc_ll*",
-            "*extractor__cover",
-            "*extractor__mark",
+            "*fc_plain*",
+            *(f"*extractor__{name}" for name in ("cover", "cover_ll128", "mark", "held", "add", "remove")),
             *(
                 f"*ExtractLoop__{name}"
                 for name in (
-                    "recover_slot", "slot", "open", "place", "take", "drained", "expected", "is_past", "settle", "reach", "burst",
+                    "recover_slot", "slot", "open", "place", "place_in_part", "wait", "make_done", "take", "drained", "expected",
+                    "is_past", "settle", "count_sources", "reach", "burst",
                 )
             ),
         ),
@@ -73,7 +74,7 @@ COMPILED = {
     ),
     "collect": Compiled(("*fc_*", "*Collector_*", "*gather*"), 96, compares=False),
     "capture": Compiled(("*fc_*", "*scan*", "*Frames_*"), 2048),
-    "kernels": Compiled(("*fc_ll_scalar", "*fc_ll_avx*", "*fc_ll128*"), 16 + 8 * 128, compares=False, inlines=False),
+    "kernels": Compiled(("*fc_plain_*", "*fc_ll_*", "*fc_ll128_*"), 16 + 20 * 128, compares=False, inlines=False),
 }  # fmt: skip
 
 

@@ -91,6 +91,8 @@ def _lines() -> list[bytes]:
         flag + b"\2" + bytes(3) + struct.pack("<I", 5 << 8) + 9 * line128,
         flag + b"\x0a" + bytes(3) + struct.pack("<I", 40 << 8 | 20) + 16 * line128,
         flag + b"\6\2\1\4" + bytes(4) + 4 * line128,
+        flag + b"\x2a\2\x0d\4" + bytes(4) + 17 * line128,
+        flag + b"\x38" + bytes(3) + struct.pack("<I", 3) + bytes(range(200)),
     ]
 
 

@@ -8,7 +8,7 @@ from data_extractor._extractor import strip
 
 from tests import builders
 
-KERNELS = ("scalar", "avx2", "avx512")
+KERNELS = ("scalar", "avx2")
 
 
 def available(kernel):

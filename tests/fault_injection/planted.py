@@ -48,8 +48,8 @@ BUGS = [
     Bug(
         "second-copies-uncompared",
         "data_extractor/_extractor.pyx",
-        "                if where.bits[i] & ~fresh[i] & bits and memcmp(data + 8 * unit, self.scratch + 8 * unit, have):\n",
-        "                if False and memcmp(data + 8 * unit, self.scratch + 8 * unit, have):\n",
+        "        if other:\n            if held == HAS_NONE:\n",
+        "        if other & FC_OTHER_FLAG:\n            if held == HAS_NONE:\n",
         EXTRACTOR,
         ("payload-mended",),
         ("wrong",),
@@ -66,9 +66,9 @@ BUGS = [
     Bug(
         "claim-kept-without-bytes",
         "data_extractor/_extractor.pyx",
-        "                FC_FETCH_AND(&claim[i], ~fresh[i])\n            return verdict\n",
-        "                FC_FETCH_OR(&done[i], fresh[i])\n                FC_FETCH_ADD(&slot.done_units, FC_POPCOUNT(fresh[i]))\n"
-        "            return verdict\n",
+        "                _remove(claim, where.first, where.units)\n",
+        "                _add(<uint64_t *> (<uint8_t *> slot + slot.done_offset), where.first, where.units)\n"
+        "                slot.done_units += where.units\n",
         EXTRACTOR,
         ("flag-mended",),
         ("wrong", "untrue_ranges", "unrepaired"),
@@ -76,8 +76,8 @@ BUGS = [
     Bug(
         "coverage-one-unit-too-far",
         "data_extractor/_extractor.pyx",
-        "    _mark(where, 0, (where.bytes + 7) // 8)\n",
-        "    _mark(where, 0, (where.bytes + 7) // 8 + (where.first % 64 + (where.bytes + 7) // 8 < 64 * where.words))\n",
+        "    where.units = (where.bytes + 7) // 8\n",
+        "    where.units = (where.bytes + 7) // 8\n    where.units += where.units and (where.first + where.units) % 64 != 0\n",
         EXTRACTOR,
         ("drop",),
         ("wrong", "untrue_ranges", "unrepaired"),
