@@ -18,6 +18,8 @@
 /* What vmsSqrt of MKL's vector mathematics takes: high accuracy, denormals as they are, no errors (mkl_vml_defines.h). */
 #define FC_VML_MODE (0x2 | 0x140000 | 0x100)
 typedef void (*fc_root)(int count, const float *from, float *to, int64_t mode);
+/* MKL_Set_Num_Threads_Local: for calls by this thread; returns what was set, 0: nothing was. */
+typedef int (*fc_threads)(int count);
 
 /* One parameter's step. `root` is NULL where torch takes roots as IEEE does. */
 typedef struct {
@@ -158,16 +160,22 @@ static fc_stepper fc_stepper_of(int vectors)
     return vectors == 0 ? fc_tiles_plain : NULL;
 }
 
-/* Step all; the bits depend on no number of threads, since each element is stepped alone. */
-static void fc_steps(const fc_step *steps, size_t count, fc_stepper tiles, int threads)
+/* Step all; the bits depend on no number of threads, since each element is stepped alone. `mkl_threads` may be NULL. */
+static void fc_steps(const fc_step *steps, size_t count, fc_stepper tiles, int threads, fc_threads mkl_threads)
 {
     const size_t most = (size_t)FC_TILE * FC_TILES_AT_ONCE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (size_t n = 0; n < count; n++) {
-        const fc_step *s = &steps[n];
+    {
+        /* Else MKL begins a parallel region of its own for every tile's roots, which takes longer than they do. */
+        const int before = mkl_threads ? mkl_threads(1) : 0;
+        for (size_t n = 0; n < count; n++) {
+            const fc_step *s = &steps[n];
 #pragma omp for schedule(dynamic) nowait
-        for (size_t begin = 0; begin < s->count; begin += most)
-            tiles(s, begin, s->count - begin < most ? s->count : begin + most);
+            for (size_t begin = 0; begin < s->count; begin += most)
+                tiles(s, begin, s->count - begin < most ? s->count : begin + most);
+        }
+        if (mkl_threads)
+            mkl_threads(before);
     }
 }
 

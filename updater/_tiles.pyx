@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free
 
 cdef extern from "updater/_tiles.h" nogil:
     ctypedef void (*fc_root)(int, const float *, float *, long)
+    ctypedef int (*fc_threads)(int)
     ctypedef struct fc_step:
         float *parameter
         const float *gradient
@@ -22,7 +23,7 @@ cdef extern from "updater/_tiles.h" nogil:
         fc_root root
     ctypedef void (*fc_stepper)(const fc_step *, size_t, size_t)
     fc_stepper fc_stepper_of(int vectors)
-    void fc_steps(const fc_step *steps, size_t count, fc_stepper tiles, int threads)
+    void fc_steps(const fc_step *steps, size_t count, fc_stepper tiles, int threads, fc_threads mkl_threads)
 
 #: Bits of the vectors that steps can be done with here, the fastest first; 0: as the compiler would have it.
 VECTORS = [vectors for vectors in (512, 256, 0) if fc_stepper_of(vectors) != NULL]
@@ -36,11 +37,12 @@ cdef float _float(value) except? -1:
     return found
 
 
-def step(list rows, uintptr_t root, int threads, int vectors=VECTORS[0]) -> None:
-    """step(rows, root, threads, vectors): step every row's parameter; OverflowError, and nothing was stepped, if a number is no float32.
+def step(list rows, uintptr_t root, uintptr_t mkl_threads, int threads, int vectors=VECTORS[0]) -> None:
+    """step(rows, root, mkl_threads, threads, vectors): step every row's parameter; OverflowError, and nothing was stepped, if a number is no float32.
 
     A row is a dictionary: addresses of contiguous float32 memory (`parameter`, `gradient`, `first`, `second`; 0: none), their `count`
-    of elements, and numbers by the names of `fc_step`. `root` is the address of MKL's vmsSqrt, 0: roots are IEEE's.
+    of elements, and numbers by the names of `fc_step`. `root` is the address of MKL's vmsSqrt, 0: roots are IEEE's;
+    `mkl_threads` that of its MKL_Set_Num_Threads_Local, 0: there is none.
     """
     cdef size_t count = len(rows), n
     cdef fc_stepper tiles = fc_stepper_of(vectors)
@@ -71,6 +73,6 @@ def step(list rows, uintptr_t root, int threads, int vectors=VECTORS[0]) -> None
                 s.begins, s.nesterov = row["begins"], row["nesterov"]
                 s.momentum, s.damped = _float(row["momentum"]), _float(row["damped"])
         with nogil:
-            fc_steps(steps, count, tiles, threads)
+            fc_steps(steps, count, tiles, threads, <fc_threads> mkl_threads)
     finally:
         free(steps)

@@ -74,8 +74,11 @@ def _kind(optimizer: torch.optim.Optimizer, group: Row) -> Kind | None:
     if name == "SGD":
         switches.update(momentum=group["momentum"] != 0, nesterov=group["nesterov"])
     else:
-        # torch.lerp computes in another way from a weight of 0.5 on.
-        switches.update(near=abs(1 - group["betas"][0]) < 0.5, decoupled_weight_decay=group["decoupled_weight_decay"])
+        # torch.lerp computes in another way from a weight of 0.5 on; at 1 the sign of zeros depends on an element's place.
+        beta1 = group["betas"][0]
+        if beta1 < 1e-6:
+            return None
+        switches.update(near=1 - beta1 < 0.5, decoupled_weight_decay=group["decoupled_weight_decay"])
     return name, tuple(switches.items())
 
 
@@ -95,7 +98,7 @@ def _step(optimizer: torch.optim.Optimizer, scale: float | None, root: int) -> b
         row["scale"] = scale
     shared = sum(row["count"] for row in rows) >= _LEAST_SHARED
     try:
-        _tiles.step(rows, root, torch.get_num_threads() if shared else 1)
+        _tiles.step(rows, root, _mkl("MKL_Set_Num_Threads_Local"), torch.get_num_threads() if shared else 1)
     except OverflowError:
         return False  # torch says what is wrong
     for done in after:
@@ -179,10 +182,10 @@ def _sgd_rows(optimizer: torch.optim.Optimizer, group: Row, after: list[Callable
 
 
 @functools.cache
-def _mkl_root() -> int:
-    """Return the address of MKL's root, which torch takes roots with where it was built with MKL; 0 if it was not."""
+def _mkl(name: str) -> int:
+    """Return the address of a function of the MKL that torch was built with; 0 if it was built without, or has not got it."""
     try:
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).vmsSqrt, ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(ctypes.CDLL(torch._C.__file__), name), ctypes.c_void_p).value or 0
     except (AttributeError, OSError):
         return 0
 
@@ -190,7 +193,7 @@ def _mkl_root() -> int:
 @functools.cache
 def _root(kind: Kind) -> int | None:
     """Return what a kind of step takes roots with to have the bits of torch's own; None if it has them with nothing."""
-    return next((root for root in dict.fromkeys((_mkl_root(), 0)) if _agrees(kind, root)), None)
+    return next((root for root in dict.fromkeys((_mkl("vmsSqrt"), 0)) if _agrees(kind, root)), None)
 
 
 def _agrees(kind: Kind, root: int) -> bool:
