@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -88,9 +89,22 @@ def _filled(form: str, elements: int) -> tuple[plans.Plan, ModelState, np.ndarra
     plan = model_plan(form, elements)
     state = ModelState(plan)
     state.load_model({key: torch.randn(value.shape) for key, value in state.model.items()}, "the benchmark")
-    slot = np.zeros(plan.slot_bytes, np.uint8)
+    slot = torch.zeros(plan.slot_bytes, dtype=torch.uint8).numpy()  # on 64 bytes, as slots lie
     slot[: 4 * elements] = torch.randn(elements).numpy().view(np.uint8)
     return plan, state, slot
+
+
+def _bare_step(clock: Clock, name: str, optimizer: torch.optim.Optimizer, slot: np.ndarray) -> None:
+    """Time an optimizer's own step, by a slot's gradient.
+
+    On the state's own memory: how fast memory is depends on where it lies, by more than is to be seen here.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    sizes = [parameter.numel() for parameter in parameters]
+    gradient = torch.from_numpy(slot[: 4 * sum(sizes)]).view(torch.float32)
+    for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    clock(name, optimizer.step)
 
 
 def updates(results: Results, sizes: Sizes) -> None:
@@ -99,18 +113,14 @@ def updates(results: Results, sizes: Sizes) -> None:
     work: dict[str, Callable[[], object]] = {}
     for form in ("fused", "default"):
         plan, state, slot = _filled(form, sizes.parameters)
-        bare = [torch.nn.Parameter(value.detach().clone()) for value in state.model.values()]
-        for parameter in bare:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer = torch.optim.AdamW(bare, lr=0.001, **({"fused": True} if form == "fused" else {}))
-        work[f"bare {form}"] = optimizer.step
-        work[form] = lambda state=state, slot=slot, plan=plan: state.step(slot, plan.revision(1))
+        work[f"bare {form}"] = functools.partial(_bare_step, clock, f"bare {form}", state.optimizer, slot)
+        work[form] = functools.partial(clock, form, functools.partial(state.step, slot, plan.revision(1)))
     elements = sizes.data_bytes // 4
     one, other, total = torch.ones(elements), torch.ones(elements), torch.zeros(elements)
-    work["add"] = lambda: torch.add(one, other, out=total)
+    work["add"] = lambda: clock("add", lambda: torch.add(one, other, out=total))
     for _ in clock.turns():
-        for name, call in work.items():
-            clock(name, call)
+        for call in work.values():
+            call()
 
     for name, timed in (("update_fused", "fused"), ("update_default", "default"), ("step_default", "bare default")):
         results.add(

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The training state of a plan: parameters, constants and the trainer's optimizer, stepped from slot data.
 
-The optimizer is the trainer's own class of torch.optim in the trainer's form; nothing is computed here but what it
-computes. State is on the CPU.
+The optimizer is the trainer's own class of torch.optim in the trainer's form; nothing is computed but what it computes, by
+itself or, where that is proven to give the same bits, by `updater.blocks`. State is on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from flowcheck.errors import CheckpointError, ConfigError
 from flowcheck.optimizer_state import load_optimizer
 from flowcheck.plan import DTYPE_BYTES, Plan, Revision
 from flowcheck.step_record import Step
+from updater.blocks import Blocks
 
 if TYPE_CHECKING:
     from updater.snapshot import State
@@ -54,6 +55,28 @@ def _like(old: float | tuple[float, ...], new: float | tuple[float, ...]) -> flo
     return int(new) if isinstance(old, int) and new.is_integer() else new
 
 
+def _copies(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [gradient.clone() for gradient in gradients]
+
+
+def _unscaled(scale: float, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what GradScaler.unscale_ makes of gradients, which takes the reciprocal in float64."""
+    inverse = torch.tensor(scale).double().reciprocal().float()
+    torch._amp_foreach_non_finite_check_and_unscale_(made := _copies(gradients), torch.zeros(()), inverse)
+    return made
+
+
+def _multiplied(coefficient: float, gradients: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return what clip_grad_norm_ makes of gradients."""
+    dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients})
+    return torch._foreach_mul(gradients, torch.tensor(coefficient, dtype=dtype))
+
+
+def _clamped(value: float, gradients: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return what clip_grad_value_ makes of gradients."""
+    return torch._foreach_clamp_max(torch._foreach_clamp_min(gradients, -value), value)
+
+
 class ModelState:
     """Model and optimizer of a plan, at first without values: `load_*` gives them, then `step` moves them on.
 
@@ -82,8 +105,7 @@ class ModelState:
             if entry.name not in self.model
         }
         self.optimizer = self._make_optimizer()
-        # torch's foreach forms change gradients in place (SGD with nesterov): they must not do so in a slot.
-        self._copies_gradients = plan.optimizer.form == "foreach"
+        self._blocks = Blocks(self.optimizer)
         self._has_extra = True
 
     def part(self, names: set[str], *, first: bool) -> ModelState:
@@ -94,8 +116,9 @@ class ModelState:
         part = object.__new__(ModelState)
         part.plan, part.model, part.extra = self.plan, self.model, self.extra
         part._parameters = {name: p for name, p in self._parameters.items() if name in names}
-        part._copies_gradients, part._has_extra = self._copies_gradients, first
+        part._has_extra = first
         part.optimizer = part._make_optimizer()
+        part._blocks = Blocks(part.optimizer)
         part.optimizer.state = self.optimizer.state
         for ours, whole in zip(part.optimizer.param_groups, self.optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in whole.items() if name != "params"})
@@ -180,29 +203,44 @@ class ModelState:
                 raise CheckpointError(f"{origin}: extra state {name!r} does not fit the plan", origin)
             target.copy_(found)
 
+    @property
+    def spreads(self) -> bool:
+        """Whether `step` spreads every parameter over torch's threads by itself."""
+        return self._blocks.root is not None
+
     def step(self, slot: np.ndarray, revision: Revision, step: Step | None = None) -> None:
         """Apply one iteration's gradient.
 
         `slot` is the slot data, writable, uint8; it is only read. A parameter in no bucket keeps its gradient None.
         Where wire and parameter dtype agree, the optimizer reads the slot itself. `step` is what the step record says of it.
         """
-        changes = step is not None and any(
-            value is not None for value in (step.clip_coefficient, step.clip_value, step.scale)
-        )
         for place, gradient in self._gradients(slot, revision):
             parameter = self._parameters.get(place)
-            if parameter is None:
-                continue  # another part's
-            if self._copies_gradients or changes or gradient.dtype != parameter.dtype:
-                gradient = gradient.to(parameter.dtype, copy=True)
-            parameter.grad = gradient
+            if parameter is not None:  # else another part's
+                parameter.grad = gradient.to(parameter.dtype)
         if step is None:
-            self.optimizer.step()
+            self._update()
         else:
             self._step_as(step)
-        self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters.values():
             parameter.grad = None
+
+    def _update(self, coefficient: float | None = None) -> None:
+        """Step by the gradients that the parameters have, multiplied by a coefficient."""
+        if self._blocks.step(coefficient):
+            return
+        if coefficient is not None:
+            self._change(functools.partial(_multiplied, coefficient))
+        elif self.plan.optimizer.form == "foreach" and any(g.get("nesterov") for g in self.optimizer.param_groups):
+            self._change(_copies)  # torch changes these in place
+        self.optimizer.step()
+
+    def _change(self, change: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]) -> None:
+        """Put what is made of the gradients in their place; they themselves are only read, since they lie in a slot."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters:
+            for parameter, gradient in zip(parameters, change([p.grad for p in parameters]), strict=True):
+                parameter.grad = gradient
 
     def _gradients(self, slot: np.ndarray, revision: Revision) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each reduced parameter's name and gradient, as a view of the slot in wire dtype."""
@@ -218,18 +256,14 @@ class ModelState:
         for number, values in step.hyperparameters.items():
             group = self.optimizer.param_groups[number]
             group.update({name: _like(group[name], value) for name, value in values.items()})
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        fused = self.plan.optimizer.form == "fused"
-        if step.scale is not None and not step.unscaled_in_step:
-            # GradScaler.unscale_ takes the reciprocal in float64.
-            inverse = torch.tensor(step.scale).double().reciprocal().float()
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.zeros(()), inverse)
-        if step.clip_coefficient is not None:
-            dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients})
-            torch._foreach_mul_(gradients, torch.tensor(step.clip_coefficient, dtype=dtype))
+        fused, coefficient = self.plan.optimizer.form == "fused", step.clip_coefficient
+        if step.scale is not None:
+            self._change(_copies if step.unscaled_in_step else functools.partial(_unscaled, step.scale))
+        if coefficient is not None and (step.clip_value is not None or fused):
+            self._change(functools.partial(_multiplied, coefficient))
+            coefficient = None
         if step.clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -step.clip_value)
-            torch._foreach_clamp_max_(gradients, step.clip_value)
+            self._change(functools.partial(_clamped, step.clip_value))
         if step.scale is not None and fused:
             # A fused optimizer is told, and skips the step by itself: so it makes its state even then.
             self.optimizer.grad_scale = torch.tensor(step.scale) if step.unscaled_in_step else None
@@ -237,7 +271,7 @@ class ModelState:
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf
         elif not step.skipped:
-            self.optimizer.step()
+            self._update(coefficient)
         for name, content in step.extra.items() if self._has_extra else ():
             bytes_of(self.model[name] if name in self.model else self.extra[name])[:] = np.frombuffer(content, np.uint8)
 

@@ -2,7 +2,8 @@
 """Stepping a training state by several threads, each with its share of the parameters.
 
 An optimizer's step computes each parameter's values from that parameter's alone, so the bits are those of one thread
-(tests/updater/test_parallel.py). torch itself spreads only large tensors over threads.
+(tests/updater/test_parallel.py). torch itself spreads only large tensors over threads; `updater.blocks` spreads all of them, and
+is left to do so.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ class ParallelSteps:
         if threads is None:
             threads = min(_MOST_THREADS, len(os.sched_getaffinity(0))) if model.bytes >= _LEAST_BYTES else 1
         names = shares(model.plan, threads)
-        self._model, self._pool = model, None
+        self._model, self._pool, self._threads = model, None, torch.get_num_threads()
+        if model.spreads:
+            torch.set_num_threads(threads)
+            return
         if len(names) == 1:
             return
         self._parts = [model.part(share, first=not number) for number, share in enumerate(names)]
-        self._threads = torch.get_num_threads()
         each = max(1, self._threads // len(names))
         self._pool = ThreadPoolExecutor(len(names), "step", initializer=torch.set_num_threads, initargs=(each,))
 
@@ -67,7 +70,7 @@ class ParallelSteps:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)
 
     def __enter__(self) -> ParallelSteps:
         return self
