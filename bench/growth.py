@@ -45,6 +45,7 @@ from updater.log import LogWriter
 from updater.log_format import GRADIENT
 from updater.restore import restore_state
 from updater.snapshot import State, write_state
+from updater.updater import Updater  # noqa: F401  that what is timed need not load it
 from workload_gen.fabric import Fabric
 from workload_gen.record import Recording, record
 
@@ -52,6 +53,7 @@ __all__ = ["SERIES", "exponent", "judged"]
 
 Values = dict[str, float]
 _OUT = Path("build/growth.json")
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 #: Records of the ring that a stage alone has: the capture passes through it.
 _RECORDS = 1 << 14
 #: An exponent whose whole interval is so near 1 is called linear, so near 0 constant.
@@ -111,17 +113,20 @@ def _peak() -> Values:
     return {"peak_bytes": memory_bytes("self", "VmHWM")}
 
 
-def _frames(parameters: int, folder: Path, runs: int) -> list[Values]:
+def _frames(parameters: int, _folder: Path, runs: int) -> list[Values]:
     """Take one iteration of two ranks from capture file to slot, both edges in one stream; each stage's polls timed."""
-    path, data_bytes = folder / "capture", 4 * parameters * stages.ITERATIONS
-    with _apart() as call:
-        layout = call(stages.capture, path, "simple", stages.PAYLOADS[0], data_bytes, 1)
+    data_bytes = 4 * parameters * stages.ITERATIONS
     out = []
-    for run in range(runs):
-        (folder / str(run)).mkdir()
+    with tempfile.TemporaryDirectory(prefix="flowcheck-growth-", dir=_MEMORY) as folder:
+        path = Path(folder) / "capture"
         with _apart() as call:
-            out.append(call(_chain, path, layout, data_bytes, folder / str(run)))
-        shutil.rmtree(folder / str(run))
+            layout = call(stages.capture, path, "simple", stages.PAYLOADS[0], data_bytes, 1)
+        for run in range(runs):
+            scratch = Path(folder) / str(run)
+            scratch.mkdir()
+            with _apart() as call:
+                out.append(call(_chain, path, layout, data_bytes, scratch))
+            shutil.rmtree(scratch)
     return out
 
 
@@ -159,7 +164,7 @@ def _update(parameters: int, folder: Path, runs: int) -> list[Values]:
 
 def _replay(recording: Path, links: Sequence[int], out: Path) -> Values:
     _alone()
-    tempfile.tempdir = "/dev/shm"  # rings and slots, as in a live run
+    tempfile.tempdir = _MEMORY  # for rings and slots, as in a live run
     captures = {f"link-{link}": recording / f"link-{link}.pcapng" for link in links}
     begin = time.perf_counter()
     report = replay(recording / "plan.json", captures, out, keep_gradients=True)
@@ -284,7 +289,7 @@ SERIES = {
     "live_ranks": Series(
         "live, 1 M parameters, one step", "ranks", (2, 3, 4, 6), (2, 3),
         lambda x, folder, runs: _live_job(folder, runs, ranks=x, parameters=1_000_000, steps=24),
-        constant=("_bytes",), untold=("_s",), root=True,
+        untold=("_s", "_bytes"), root=True,
     ),
     "live_iterations": Series(
         "live, 60 k parameters, own memory", "iterations", (1500,), (30,), None, constant=("_bytes",),

@@ -4,7 +4,8 @@
 Each round trains the example job once in every way, in an order that turns, as a new job with the same model and data on one
 fabric whose mirror is always on. All stages share the cores of this machine with the ranks; with --apart the ranks of every
 way have one core and FlowCheck's stages the others, as if on a node of their own. Writes
-build/training_overhead.json and .svg; with --more the rounds are added to those that are there. Needs root.
+build/training_overhead.json and .svg; with --more the rounds are added to those that are there, so that it can be run in
+pieces. Needs root.
 """
 
 from __future__ import annotations
@@ -325,12 +326,14 @@ def main() -> None:
     parser.add_argument("--protocol", choices=["ll", "ll128", "simple"], default=usual.protocol)
     parser.add_argument("--apart", action="store_true", help="The ranks on one core, FlowCheck's stages on the others.")
     parser.add_argument("--folder", type=Path, help="On the disk that counts; a temporary folder if not given.")
+    parser.add_argument(
+        "--name", default="training_overhead", help="Of the files in build/, and of the place in the page."
+    )
     parser.add_argument("--more", action="store_true", help="Add the rounds to those that build/ has.")
     parser.add_argument("--store", action="store_true", help="Put table and plot into docs/performance.md.")
     options = parser.parse_args()
     settings = Settings(**{name: getattr(options, name) for name in asdict(usual)})
-    name = "training_overhead" + ("_apart" if settings.apart else "")
-    path = Path("build") / f"{name}.json"
+    path = Path("build") / f"{options.name}.json"
     document = {"machine": machine.facts(), "settings": asdict(settings), "rounds": []}
     if options.more and path.exists():
         before = json.loads(path.read_text())
@@ -357,7 +360,7 @@ def main() -> None:
         shown = PAGE.with_name(path.with_suffix(".svg").name)
         shown.write_text(picture)
         text = f"{report.measured_on(document['machine'])}\n{table}\n![Step times]({shown.name})\n"
-        report.put(PAGE, f"{name}: written by python -m bench.training_overhead --store", text)
+        report.put(PAGE, f"{options.name}: written by python -m bench.training_overhead --store", text)
 
 
 if __name__ == "__main__":
