@@ -55,7 +55,7 @@ Values = dict[str, float]
 _OUT = Path("build/growth.json")
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 #: Records of the ring that a stage alone has: the capture passes through it.
-_RECORDS = 1 << 14
+_RECORDS = 1 << 10
 #: An exponent whose whole interval is so near 1 is called linear, so near 0 constant.
 _LINEAR, _CONSTANT = 0.15, 0.1
 _DRAWS = 200
