@@ -437,7 +437,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="On the disk that counts; a temporary folder if not given.")
     parser.add_argument("--store", action="store_true", help="Put table and plot into docs/performance.md.")
     options = parser.parse_args()
-    found = json.loads(_OUT.read_text())["points"] if _OUT.exists() and not options.quick else []
+    found, facts = [], machine.facts()
+    if _OUT.exists() and not options.quick:
+        before = json.loads(_OUT.read_text())
+        found, facts = before["points"], facts if options.runs else before["machine"]
     for name in options.only if options.runs else ():
         if SERIES[name].root and os.geteuid():
             print(f"{name}: not measured, it builds a network: needs root", file=sys.stderr)
@@ -447,7 +450,7 @@ def main() -> None:
             new = _measure(name, x, options.runs, options.folder)
             again = {(point["series"], point["x"]) for point in new}
             found = [point for point in found if (point["series"], point["x"]) not in again] + new
-    document = {"machine": machine.facts(), "points": found, "rows": rows(found)}
+    document = {"machine": facts, "points": found, "rows": rows(found)}
     _OUT.parent.mkdir(exist_ok=True)
     _OUT.write_text(json.dumps(document) + "\n")
     picture, table = _picture(found), report.markdown(_COLUMNS, map(_cells, document["rows"]))

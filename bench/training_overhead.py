@@ -302,6 +302,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*facts, *kept, f"{row['trainer_bytes'] / 1e6:.0f} MB"]
 
 
+def _facts(rows: list[dict[str, Any]], settings: Settings) -> str:
+    """Return a line on what the table is of."""
+    found = next(row for row in rows if row["way"] == "flowcheck")
+    taken = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in found["stages_cpu_s"].items())
+    return (
+        f"{found['rounds']} rounds of {settings.steps} steps; {found['lost']} iterations not committed; CPU of FlowCheck's stages "
+        f"in ms a step: {taken}.\n"
+    )
+
+
 def _round(
     number: int, settings: Settings, fabric: Fabric, folder: Path, done: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -340,6 +350,8 @@ def main() -> None:
         if before["settings"] != document["settings"]:
             parser.error(f"--more: {path} is of other settings: {before['settings']}")
         document["rounds"] = before["rounds"]
+        if not options.rounds:
+            document["machine"] = before["machine"]
     if options.rounds:
         with (
             tempfile.TemporaryDirectory(prefix="flowcheck-bench-", dir=options.folder) as folder,
@@ -359,7 +371,8 @@ def main() -> None:
     if options.store:
         shown = PAGE.with_name(path.with_suffix(".svg").name)
         shown.write_text(picture)
-        text = f"{report.measured_on(document['machine'])}\n{table}\n![Step times]({shown.name})\n"
+        measured = report.measured_on(document["machine"])
+        text = f"{measured}\n{table}\n{_facts(rows, settings)}\n![Step times]({shown.name})\n"
         report.put(PAGE, f"{options.name}: written by python -m bench.training_overhead --store", text)
 
 
