@@ -414,7 +414,7 @@ def _picture(found: list[dict[str, Any]]) -> str:
 def _measure(name: str, x: int, runs: int, folder: Path | None) -> list[dict[str, Any]]:
     """Return the points of a series that are measured together at x; none if there is no room for it."""
     series = SERIES[name]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
     if series.room * x > _SHARE * free:
         print(
             f"{name} at {x}: left out, takes about {series.room * x / 1e9:.0f} GB of {free / 1e9:.0f} GB free",

@@ -79,11 +79,10 @@ def curves(panels: Sequence[Curves]) -> str:
 def _panel(panel: Curves, width: int, height: int) -> Iterable[str]:
     points = [point for line in panel.lines.values() for point in line]
     left, right, top, bottom = 54, width - 12, 26, height - 40 - 15 * len(panel.lines)
-    ranges = [
-        (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.001)))
-        for values in zip(*points, strict=True)
-    ]
-    (x0, x1), (y0, y1) = ranges
+    lows = [math.floor(math.log10(min(values))) for values in zip(*points, strict=True)]
+    highs = [math.ceil(math.log10(max(values)) - 1e-9) for values in zip(*points, strict=True)]
+    x0, y0 = lows
+    x1, y1 = (max(low + 1, high) for low, high in zip(lows, highs, strict=True))
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         x, y = math.log10(point[0]), math.log10(point[1])
