@@ -58,7 +58,9 @@ _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _RECORDS = 1 << 10
 #: An exponent whose whole interval is so near 1 is called linear, so near 0 constant.
 _LINEAR, _CONSTANT = 0.15, 0.1
-_DRAWS = 200
+_DRAWS = 400
+#: That are tried.
+_EXPONENTS = np.arange(0.05, 2.5, 0.01)
 #: Of the memory that is free, a point may take so much.
 _SHARE = 0.8
 
@@ -306,18 +308,15 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _power(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the k of the best y = a + b x^k."""
-    best, least = 0.0, np.inf
-    for k in np.arange(0.05, 2.5, 0.01):
-        # Relative to the largest, so that both columns are of one size; then a and b are found for residuals relative to y.
-        columns = np.stack([1 / y, (x / x.max()) ** k / y], 1)
-        found = np.linalg.lstsq(columns, np.ones(len(y)), rcond=None)[0]
-        if found[0] < 0:
-            found = np.array([0, columns[:, 1].sum() / (columns[:, 1] ** 2).sum()])
-        misfit = float(((columns @ found - 1) ** 2).sum()) if found[1] > 0 else np.inf
-        if misfit < least:
-            best, least = float(k), misfit
-    return best
+    """Return the k of the best y = a + b x^k: for each k, a and b from the normal equations of the relative residuals."""
+    ones = 1 / y
+    powers = (x / x.max()) ** _EXPONENTS[:, None] / y
+    both, squares, sums = powers @ ones, (powers**2).sum(1), powers.sum(1)
+    determinant = (ones**2).sum() * squares - both**2
+    a = np.maximum((ones.sum() * squares - sums * both) / determinant, 0)
+    b = (sums - a * both) / squares
+    misfit = ((a[:, None] * ones + b[:, None] * powers - 1) ** 2).sum(1)
+    return float(_EXPONENTS[np.argmin(np.where(b > 0, misfit, np.inf))])
 
 
 def exponent(points: dict[float, list[float]], constant: bool) -> tuple[float, list[float]]:
