@@ -22,7 +22,7 @@ from updater.log_format import GRADIENT
 from updater.model_state import ModelState
 from updater.snapshot import State, write_state
 
-__all__ = ["WAYS", "checkpoints", "filled", "model_plan", "torch_save", "updates"]
+__all__ = ["WAYS", "checkpoints", "filled", "model_plan", "torch_save", "updates", "write_raw"]
 
 #: Torch's own ways to write a state, by the end of the row's name.
 WAYS = {"torch_save": "torch.save", "dcp_save": "DCP save", "dcp_async_save": "DCP async_save"}
@@ -123,7 +123,8 @@ def updates(results: Results, sizes: Sizes) -> None:
     )  # fmt: skip
 
 
-def _write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
+def write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
+    """Write bytes one after another into a file so that they are on the disk."""
     with open(path, "wb", buffering=0) as file:
         for content in contents:
             left = memoryview(content)
@@ -165,9 +166,9 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
             writer.append(GRADIENT, 1, iteration, 0, [gradient])
             writer.commit()
 
-        clock("raw log", lambda: _write_raw(folder / "raw", [gradient]))
+        clock("raw log", lambda: write_raw(folder / "raw", [gradient]))
         clock("log", append)
-        clock("raw snapshot", lambda: _write_raw(folder / "raw", contents))
+        clock("raw snapshot", lambda: write_raw(folder / "raw", contents))
         clock("snapshot", lambda: write_state(folder / "snapshot.h5", state))
         clock("torch.save", lambda: torch_save(folder / "state.pt", document))
         clock("DCP save", lambda: _quietly(lambda: dcp.save(document, checkpoint_id=folder / "dcp")))
