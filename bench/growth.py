@@ -10,16 +10,10 @@ The live series need root.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import contextlib
 import json
-import multiprocessing
 import os
-import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,35 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bench import machine, plots, report, stages, training_overhead, updates
-from bench.measure import seconds
-from bench.training_overhead import MIRRORED, PAGE, Settings, memory_bytes
-from data_extractor.extractor import Extractor
-from flowcheck.eal import Eal
-from flowcheck.replay import replay
-from flowcheck.ring import PacketRing
-from flowcheck.slots import SlotFile
-from packet_dump.dump import FileDump
-from packet_parser.parser import Parser
-from updater import arithmetic
-from updater.listing import listing
-from updater.log import LogWriter
-from updater.log_format import GRADIENT
-from updater.restore import restore_state
-from updater.snapshot import State, write_state
-from updater.updater import Updater  # noqa: F401  that what is timed need not load it
-from workload_gen.fabric import Fabric
-from workload_gen.record import Recording, record
+from bench import growth_jobs, machine, plots, report
+from bench.growth_jobs import Values
+from bench.training_overhead import PAGE
 
 __all__ = ["SERIES", "exponent", "judged"]
 
-Values = dict[str, float]
 _OUT = Path("build/growth.json")
-_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-#: Records of the ring that a stage alone has: the capture passes through it.
-_RECORDS = 1 << 10
 #: An exponent whose whole interval is so near 1 is called linear, so near 0 constant.
 _LINEAR, _CONSTANT = 0.15, 0.1
 _DRAWS = 400
@@ -63,171 +36,6 @@ _DRAWS = 400
 _EXPONENTS = np.arange(0.05, 2.5, 0.01)
 #: Of the memory that is free, a point may take so much.
 _SHARE = 0.8
-
-
-@contextlib.contextmanager
-def _apart() -> Any:
-    """Yield a call that runs a function in a new process, alone on a core, and returns what it returns."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
-def _alone() -> None:
-    os.sched_setaffinity(0, {machine.cores()[0]})
-    torch.set_num_threads(1)
-
-
-# -- what is measured ------------------------------------------------------------------------------------------------
-
-
-class _Timed:
-    """A stage, and the seconds that its polls took."""
-
-    def __init__(self, stage: Any) -> None:
-        self._stage, self.seconds = stage, 0.0
-
-    @property
-    def finished(self) -> bool:
-        """Whether the stage is."""
-        return self._stage.finished
-
-    def poll(self) -> None:
-        """Poll it."""
-        self.seconds += seconds(self._stage.poll)
-
-
-def _chain(path: Path, layout: Any, data_bytes: int, folder: Path) -> Values:
-    _alone()
-    plan = stages.plan_of(layout, data_bytes, ["a"])
-    with (
-        PacketRing.for_stream(folder / "ring", plan, "a", _RECORDS) as ring,
-        SlotFile.for_plan(folder / "slots", plan) as slots,
-        contextlib.closing(FileDump(Eal.start(), path, ring)) as dump,
-    ):
-        timed = [_Timed(stage) for stage in (dump, Parser(ring, plan, "a"), Extractor([ring], plan, slots))]
-        stages.drain(*timed)
-        assert slots.settled_next == 2, "the iteration is not whole"
-    names = ("dump_s", "parse_s", "extract_s")
-    return dict(zip(names, (stage.seconds for stage in timed), strict=True)) | _peak()
-
-
-def _peak() -> Values:
-    return {"peak_bytes": memory_bytes("self", "VmHWM")}
-
-
-def _frames(parameters: int, _folder: Path, runs: int) -> list[Values]:
-    """Take one iteration of two ranks from capture file to slot, both edges in one stream; each stage's polls timed."""
-    data_bytes = 4 * parameters * stages.ITERATIONS
-    out = []
-    with tempfile.TemporaryDirectory(prefix="flowcheck-growth-", dir=_MEMORY) as folder:
-        path = Path(folder) / "capture"
-        with _apart() as call:
-            layout = call(stages.capture, path, "simple", stages.PAYLOADS[0], data_bytes, 1)
-        for run in range(runs):
-            scratch = Path(folder) / str(run)
-            scratch.mkdir()
-            with _apart() as call:
-                out.append(call(_chain, path, layout, data_bytes, scratch))
-            shutil.rmtree(scratch)
-    return out
-
-
-def _updates(parameters: int, form: str, runs: int, folder: Path) -> list[Values]:
-    _alone()
-    plan, model, slot = updates.filled(form, parameters)
-    revision, gradient = plan.revision(1), slot[: 4 * parameters]
-    model.step(slot, revision)
-    out: list[Values] = [{f"{form}_s": seconds(lambda: model.step(slot, revision))} for _ in range(runs)]
-    if form == "fused":
-        writer = LogWriter(folder, plan.identity(), 0)
-        state = State("bench", 1, 1, True, arithmetic.current().model_dump(), model.model, model.optimizer.state_dict())
-
-        def log(iteration: int) -> None:
-            writer.append(GRADIENT, 1, iteration, 0, [gradient])
-            writer.commit()
-
-        for number, values in enumerate(out, 1):
-            values["log_s"] = seconds(lambda number=number: log(number))
-            values["raw_s"] = seconds(lambda: updates.write_raw(folder / "raw", [gradient] * 3))
-            values["snapshot_s"] = seconds(lambda: write_state(folder / "snapshot.h5", state))
-        writer.close()
-    return [values | {f"{form}_{name}": value for name, value in _peak().items()} for values in out]
-
-
-def _update(parameters: int, folder: Path, runs: int) -> list[Values]:
-    """Step a state from a slot in either form; log the gradient, write a snapshot, and as many bytes as they are."""
-    parameters = -(-parameters // 8000) * 8000
-    out: list[Values] = [{} for _ in range(runs)]
-    for form in ("fused", "default"):
-        with _apart() as call:
-            for values, more in zip(out, call(_updates, parameters, form, runs, folder), strict=True):
-                values |= more
-    return out
-
-
-def _replay(recording: Path, links: Sequence[int], out: Path) -> Values:
-    _alone()
-    tempfile.tempdir = _MEMORY  # for rings and slots, as in a live run
-    captures = {f"link-{link}": recording / f"link-{link}.pcapng" for link in links}
-    begin = time.perf_counter()
-    report = replay(recording / "plan.json", captures, out, keep_gradients=True)
-    taken = time.perf_counter() - begin
-    assert all(row["state"] == "committed" for row in report["iterations"])
-    values = {"replay_s": taken} | _peak()
-    values |= {"list_s": seconds(lambda: listing(out)), "restore_s": seconds(lambda: restore_state(out))}
-    return values | {"disk_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())}
-
-
-def _offline(folder: Path, runs: int, **job: Any) -> list[Values]:
-    """Record a job and replay it, dump to updater in one process."""
-    recording = Recording(
-        out=folder / "job", protocol="simple", mtu=4096, ip=4, optimizer="adamw", fused=True, truth="none", **job
-    )  # fmt: skip
-    with _apart() as call:
-        call(record, recording)
-    links = sorted(recording.links or (0, recording.ranks - 1))
-    out = []
-    for run in range(runs):
-        with _apart() as call:
-            out.append(call(_replay, recording.out, links, folder / f"checkpoints-{run}"))
-        shutil.rmtree(folder / f"checkpoints-{run}")
-    return out
-
-
-def _live(folder: Path, settings: Settings) -> dict[str, Any]:
-    with Fabric(settings.ranks, (MIRRORED,)) as fabric:
-        found = training_overhead.train(settings, "flowcheck", fabric, folder)
-    if found["lost"]:
-        print(f"{found['lost']} iterations were not committed", file=sys.stderr)
-    return found
-
-
-def _live_job(folder: Path, runs: int, **job: Any) -> list[Values]:
-    """Train a job with FlowCheck beside it: seconds from commit to commit, CPU of each stage, and their peaks."""
-    out = []
-    for run in range(runs):
-        (folder / str(run)).mkdir()
-        settings = Settings(batches=1, **job)
-        found = _live(folder / str(run), settings)
-        times = [when for iteration, when in found["saved"] if iteration >= training_overhead.WARM_UP]
-        values = {"commit_s": statistics.median(np.diff(times)) / 1e9}
-        values |= {f"{name}_s": taken for name, taken in training_overhead.cpu_s_per_step(found).items()}
-        for name, stage in found["samples"][-1][1].items():
-            values[f"{name}_bytes"] = stage["peak_bytes"]
-        out.append(values)
-        shutil.rmtree(folder / str(run))
-    return out
-
-
-def _live_iterations(iterations: int, folder: Path) -> dict[int, list[Values]]:
-    """Train so many iterations with FlowCheck beside them: each stage's own memory after every tenth part."""
-    found = _live(folder, Settings(steps=iterations, ranks=2, parameters=60_000, batches=1))
-    out: dict[int, list[Values]] = {}
-    for part in range(1, 11):
-        iteration = iterations * part // 10
-        near = min(found["samples"], key=lambda sample: abs(sample[0] - found["ended"][iteration - 1]))
-        out[iteration] = [{f"{name}_bytes": stage["own_bytes"] for name, stage in near[1].items()}]
-    return out
 
 
 @dataclass(frozen=True)
@@ -257,47 +65,47 @@ _TO_30M = (1_000_000, 3_000_000, 10_000_000, 30_000_000)
 SERIES = {
     "frames": Series(
         "capture file to slot, one iteration", "parameters", (*_TO_30M, 100_000_000, 300_000_000), (20_000, 50_000),
-        _frames, room=30,
+        growth_jobs.frames, room=30,
     ),
     # Smaller states lie in the cache.
     "update": Series(
         "optimizer step, log, snapshot", "parameters", (10_000_000, 30_000_000, 100_000_000, 300_000_000),
-        (16_000, 48_000), _update, room=30,
+        (16_000, 48_000), growth_jobs.update, room=30,
     ),
     "offline": Series(
         "replay of 3 iterations, 2 ranks, 2 streams", "parameters", (*_TO_30M, 100_000_000), (10_000, 20_000),
-        lambda x, folder, runs: _offline(folder, runs, parameters=x, iterations=3), room=80, untold=("list_s",),
+        lambda x, folder, runs: growth_jobs.offline(folder, runs, parameters=x, iterations=3), room=80, untold=("list_s",),
     ),
     "ranks": Series(
         "replay of 3 iterations of 1 M parameters, 2 streams", "ranks", (2, 4, 8, 16), (2, 3),
-        lambda x, folder, runs: _offline(folder, runs, ranks=x, parameters=1_000_000, iterations=3),
+        lambda x, folder, runs: growth_jobs.offline(folder, runs, ranks=x, parameters=1_000_000, iterations=3),
         constant=("peak_bytes", "restore_s", "disk_bytes"), untold=("list_s", "replay_s"),
     ),
     "streams": Series(
         "replay of 3 iterations of 4 M parameters, 8 ranks", "streams", (2, 4, 6, 8), (2, 3),
-        lambda x, folder, runs: _offline(
+        lambda x, folder, runs: growth_jobs.offline(
             folder, runs, ranks=8, links=tuple(range(x)), parameters=4_000_000, iterations=3
         ),
         constant=("restore_s", "disk_bytes"), untold=("list_s",),
     ),
     "iterations": Series(
         "replay of 20 k parameters, everything kept", "iterations", (100, 300, 1000, 3000), (4, 8),
-        lambda x, folder, runs: _offline(folder, runs, parameters=20_000, iterations=x),
+        lambda x, folder, runs: growth_jobs.offline(folder, runs, parameters=20_000, iterations=x),
         constant=("peak_bytes", "restore_s"),
     ),
     "live": Series(
         "live, 2 ranks, one step", "parameters", _TO_30M, (20_000, 50_000),
-        lambda x, folder, runs: _live_job(folder, runs, parameters=x, ranks=2, steps=20), room=150,
+        lambda x, folder, runs: growth_jobs.live_job(folder, runs, parameters=x, ranks=2, steps=20), room=150,
         untold=("supervisor_s", "supervisor_bytes"), root=True,
     ),
     "live_ranks": Series(
         "live, 1 M parameters, one step", "ranks", (2, 3, 4, 6), (2, 3),
-        lambda x, folder, runs: _live_job(folder, runs, ranks=x, parameters=1_000_000, steps=24),
+        lambda x, folder, runs: growth_jobs.live_job(folder, runs, ranks=x, parameters=1_000_000, steps=24),
         untold=("_s", "_bytes"), root=True,
     ),
     "live_iterations": Series(
         "live, 60 k parameters, own memory", "iterations", (1500,), (30,), None, constant=("_bytes",),
-        untold=("supervisor_bytes",), several=_live_iterations, root=True,
+        untold=("supervisor_bytes",), several=growth_jobs.live_iterations, root=True,
     ),
 }  # fmt: skip
 

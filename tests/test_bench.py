@@ -208,7 +208,7 @@ def test_what_a_crash_loses_is_what_is_finished_and_not_safe():
 
 
 @pytest.mark.dpdk
-def test_growth_is_measured_in_pieces(tmp_path):
+def test_growth_is_measured_in_pieces(tmp_path, monkeypatch, capsys):
     done = bench(tmp_path, "--quick", "--only", "frames", "--runs", "1", module="bench.growth")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "build" / "growth.json").read_text())
