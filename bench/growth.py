@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Series:
         at, quick: where it is measured.
         room: bytes of memory that a point takes for each x, about.
         constant: values, by the end of their names, that should not grow; `untold`: of which nothing is said.
+        several: in place of `measure`, what has values of several x from one job.
+        root: whether it needs root.
     """
 
     title: str
@@ -58,7 +60,7 @@ class Series:
     constant: tuple[str, ...] = ()
     untold: tuple[str, ...] = ()
     several: Callable[[int, Path], dict[int, list[Values]]] | None = None
-    root: bool = field(default=False)
+    root: bool = False
 
 
 _TO_30M = (1_000_000, 3_000_000, 10_000_000, 30_000_000)
