@@ -98,7 +98,7 @@ SERIES = {
     "live": Series(
         "live, 2 ranks, one step", "parameters", _TO_30M, (20_000, 50_000),
         lambda x, folder, runs: growth_jobs.live_job(folder, runs, parameters=x, ranks=2, steps=20), room=150,
-        untold=("supervisor_s", "supervisor_bytes"), root=True,
+        root=True,
     ),
     "live_ranks": Series(
         "live, 1 M parameters, one step", "ranks", (2, 3, 4, 6), (2, 3),
@@ -106,8 +106,8 @@ SERIES = {
         untold=("_s", "_bytes"), root=True,
     ),
     "live_iterations": Series(
-        "live, 60 k parameters, own memory", "iterations", (1500,), (30,), None, constant=("_bytes",),
-        untold=("supervisor_bytes",), several=growth_jobs.live_iterations, root=True,
+        "live, 60 k parameters, own memory", "iterations", (6000,), (30,), None, constant=("_bytes",),
+        several=growth_jobs.live_iterations, root=True,
     ),
 }  # fmt: skip
 
@@ -129,6 +129,12 @@ def _power(x: np.ndarray, y: np.ndarray) -> float:
     b = (sums - a * both) / squares
     misfit = ((a[:, None] * ones + b[:, None] * powers - 1) ** 2).sum(1)
     return float(_EXPONENTS[np.argmin(np.where(b > 0, misfit, np.inf))])
+
+
+def each(points: dict[float, list[float]]) -> float:
+    """Return by how much a value grows for each x: the b of y = a + b x, by least squares of the relative residuals."""
+    x, y = np.array(list(points), float), np.array([np.median(runs) for runs in points.values()])
+    return float(np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(len(y)), rcond=None)[0][1])
 
 
 def exponent(points: dict[float, list[float]], constant: bool) -> tuple[float, list[float]]:
@@ -165,7 +171,9 @@ def _points(found: list[dict[str, Any]], series: str) -> dict[str, dict[float, l
     for point in found:
         if point["series"] == series:
             for name in {name: None for values in point["runs"] for name in values}:
-                out[name][point["x"]] = [values[name] for values in point["runs"] if name in values]
+                # Of a short job the clock of the processes says nothing.
+                if told := [values[name] for values in point["runs"] if values.get(name)]:
+                    out[name][point["x"]] = told
     return out
 
 
@@ -180,7 +188,7 @@ def rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             least, most = min(points), max(points)
             row = {
                 "series": name, "value": value, "x": series.x, "from": least, "to": most,
-                "first": float(np.median(points[least])), "last": float(np.median(points[most])),
+                "first": float(np.median(points[least])), "last": float(np.median(points[most])), "each": each(points),
             }  # fmt: skip
             if not untold:
                 k, interval = exponent(points, constant)
@@ -191,13 +199,16 @@ def rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("series", "value", "from", "to", "exponent", "95%", "judged")
+_COLUMNS = ("series", "value", "from", "to", "each", "exponent", "95%", "judged")
+_UNITS = {
+    "_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")),
+    "_s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")),
+}
 
 
 def _figure(name: str, value: float) -> str:
-    units = [(1e9, "GB"), (1e6, "MB"), (0, "kB")] if name.endswith("_bytes") else [(1, "s"), (1e-3, "ms"), (0, "µs")]
-    least, unit = next(unit for unit in units if value >= unit[0])
-    return f"{value / (least or (1e3 if unit == 'kB' else 1e-6)):.3g} {unit}"
+    scale, unit = next(unit for unit in _UNITS[name[name.rindex("_") :]] if abs(value) >= unit[0])
+    return f"{value / (scale or {'B': 1, 'ns': 1e-9}[unit]):.3g} {unit}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -205,7 +216,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
     told = ["", "", ""]
     if "exponent" in row:
         told = [f"{row['exponent']:.2f}", "{:.2f} to {:.2f}".format(*row["interval"]), row["judged"]]
-    return [f"{row['series']} ({row['x']})", row["value"].rpartition("_")[0], *ends, *told]
+    return [
+        f"{row['series']} ({row['x']})",
+        row["value"].rpartition("_")[0],
+        *ends,
+        _figure(row["value"], row["each"]),
+        *told,
+    ]
 
 
 def _picture(found: list[dict[str, Any]]) -> str:

@@ -193,9 +193,9 @@ def live_job(folder: Path, runs: int, **job: Any) -> list[Values]:
         found = _live(folder / str(run), settings)
         times = [when for iteration, when in found["saved"] if iteration >= training_overhead.WARM_UP]
         values = {"commit_s": statistics.median(np.diff(times)) / 1e9}
-        values |= {f"{name}_s": taken for name, taken in training_overhead.cpu_s_per_step(found).items()}
-        for name, stage in found["samples"][-1][1].items():
-            values[f"{name}_bytes"] = stage["peak_bytes"]
+        taken, stages_at_end = training_overhead.cpu_s_per_step(found), found["samples"][-1][1]
+        for name in training_overhead.STAGES:
+            values |= {f"{name}_s": taken.get(name, 0), f"{name}_bytes": stages_at_end[name]["peak_bytes"]}
         out.append(values)
         shutil.rmtree(folder / str(run))
     return out

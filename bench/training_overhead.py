@@ -42,7 +42,7 @@ from workload_gen.fabric import Fabric
 from workload_gen.record import Recording
 from workload_gen.wire import connections
 
-__all__ = ["WAYS", "Settings", "memory_bytes", "stages", "summary", "train"]
+__all__ = ["STAGES", "WAYS", "Settings", "memory_bytes", "stages", "summary", "train"]
 
 WAYS = {
     "none": "no checkpoints",
@@ -58,7 +58,8 @@ WARM_UP = 4
 _PATIENCE_S = 120
 _CHECKPOINTS = "checkpoints"
 _SAMPLE_S = 0.1
-_STAGES = ("packet_dump", "packet_parser", "data_extractor", "updater", "supervisor")
+#: Packages of the stages of a live run.
+STAGES = ("packet_dump", "packet_parser", "data_extractor", "updater")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 _COLUMNS = (
     "every iteration",
@@ -260,7 +261,7 @@ def cpu_s_per_step(found: dict[str, Any]) -> dict[str, float]:
 
 def _stages_cpu_s(rounds: list[dict[str, Any]]) -> dict[str, float]:
     each = [taken for found in rounds if (taken := cpu_s_per_step(found))]
-    return {name: float(np.median([taken[name] for taken in each])) for name in _STAGES if each}
+    return {name: float(np.median([taken[name] for taken in each])) for name in (*STAGES, "supervisor") if each}
 
 
 def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
