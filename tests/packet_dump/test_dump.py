@@ -2,6 +2,7 @@
 """Frames arrive in the ring as they are in the file, by CPU and by DMA engines, also by ones that fail."""
 
 import itertools
+import socket
 import struct
 import sys
 
@@ -12,8 +13,8 @@ from flowcheck._copy import CopyEngine
 from flowcheck.eal import Eal
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
-from packet_dump.dump import FileDump, PortDump
-from tests import dma_faults, jobs, wire
+from packet_dump.dump import FileDump, InterfaceDump, PortDump
+from tests import dma_faults, jobs, network, wire
 
 pytestmark = pytest.mark.dpdk
 _devices = itertools.count(100)
@@ -190,3 +191,19 @@ def test_buffers_and_ports_are_given_back(eal, tmp_path):
             run(dump, target)
             dump.close()
     assert sys.modules["packet_dump._dump"]
+
+
+@pytest.mark.slow
+@network.needs_root
+def test_an_interface_is_dumped_however_large_an_iteration_is(tmp_path, eal):
+    with network.cable() as (near, far), ring(tmp_path, frame_bytes=4200) as into:
+        dump = InterfaceDump(eal, far, into, frames=1_000_000)  # 8 GB of frames, and as many to send
+        frame = bytes(12) + struct.pack("!H", 0x88B5) + bytes(range(200))
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
+            out.bind((near, 0))
+            out.send(frame)
+        for _ in range(100_000):
+            if dump.poll():
+                break
+        assert into.written == 1 and into.frame(0) == frame
+        dump.close()
