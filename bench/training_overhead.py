@@ -209,8 +209,8 @@ def _shadow(folder: Path, last: int, cores: set[int]) -> Iterator[dict[str, Any]
         process = found.pop("process")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=_PATIENCE_S)
-    if process.returncode:
-        raise RuntimeError(f"flowcheck run failed: {errors[-500:]}")
+        if process.returncode:  # whatever else failed, this is why
+            raise RuntimeError(f"flowcheck run failed: {errors[-500:]}")
 
 
 def train(settings: Settings, way: str, fabric: Fabric, folder: Path) -> dict[str, Any]:
