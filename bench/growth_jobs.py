@@ -164,18 +164,19 @@ def _replay(recording: Path, links: Sequence[int], out: Path) -> Values:
 
 
 def offline(folder: Path, runs: int, **job: Any) -> list[Values]:
-    """Record a job and replay it, dump to updater in one process."""
-    recording = Recording(
-        out=folder / "job", protocol="simple", mtu=4096, ip=4, optimizer="adamw", fused=True, truth="none", **job
-    )  # fmt: skip
-    with _apart() as call:
-        call(record, recording)
-    links = sorted(recording.links or (0, recording.ranks - 1))
+    """Record a job into memory and replay it, dump to updater in one process."""
     out = []
-    for run in range(runs):
+    with tempfile.TemporaryDirectory(prefix="flowcheck-growth-", dir=_MEMORY) as memory:
+        recording = Recording(
+            out=Path(memory) / "job", protocol="simple", mtu=4096, ip=4, optimizer="adamw", fused=True, truth="none", **job
+        )  # fmt: skip
         with _apart() as call:
-            out.append(call(_replay, recording.out, links, folder / f"checkpoints-{run}"))
-        shutil.rmtree(folder / f"checkpoints-{run}")
+            call(record, recording)
+        links = sorted(recording.links or (0, recording.ranks - 1))
+        for run in range(runs):
+            with _apart() as call:
+                out.append(call(_replay, recording.out, links, folder / f"checkpoints-{run}"))
+            shutil.rmtree(folder / f"checkpoints-{run}")
     return out
 
 
