@@ -6,7 +6,8 @@
 #   ./build.sh demo         ... and run the demonstration
 #   ./build.sh test [...]   ... and run the default tests (--all: also the slow ones; more arguments go to pytest)
 #   ./build.sh nightly      ... and run every test, also those that take an hour
-#   ./build.sh bench [...]  ... and measure each stage; writes build/bench.json (docs/performance.md has the options)
+#   ./build.sh bench [...]  ... and measure each stage, or, with --training or --growth first, what checkpoints cost training and
+#                           how time and memory grow; writes into build/ (docs/performance.md has the options)
 #   ./build.sh fuzz [...]   ... and fuzz every parser with sanitizers (docs/fuzzing.md has the options)
 #   ./build.sh lint         ... and check style and documents
 #
@@ -105,7 +106,14 @@ case "$target" in
     demo) build; exec "$venv/bin/flowcheck" demo "$@" ;;
     test) build; run_tests "$@" ;;
     nightly) build; exec "$venv/bin/python" -m pytest "$@" ;;
-    bench) build; exec "$venv/bin/python" -m bench "$@" ;;
+    bench)
+        build
+        module=bench
+        case "${1:-}" in
+            --training) module=bench.training_overhead; shift ;;
+            --growth) module=bench.growth; shift ;;
+        esac
+        exec "$venv/bin/python" -m "$module" "$@" ;;
     fuzz) build; fuzzers; exec "$venv/bin/python" -m fuzz.run "$@" ;;
     lint) build; "$venv/bin/ruff" check .; exec "$venv/bin/ruff" format --check . ;;
     *) die "unknown target '$target'; expected demo, test, nightly, bench, fuzz, lint, or nothing" ;;

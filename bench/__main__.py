@@ -38,8 +38,7 @@ def step_overhead(results: Results, sizes: Sizes) -> None:
     if os.geteuid():
         print("step_overhead: not measured, it builds a network: needs root", file=sys.stderr)
         return
-    script = Path(__file__).with_name("step_overhead.py")
-    command = [sys.executable, str(script), *sizes.step_overhead.split()]
+    command = [sys.executable, "-m", "bench.step_overhead", *sizes.step_overhead.split()]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     low, high = found["interval"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from rich.table import Table
 
 from bench.measure import COSTS
 
-__all__ = ["guard", "markdown", "plot", "store", "table"]
+__all__ = ["guard", "markdown", "measured_on", "plot", "put", "store", "table"]
 
 #: What a ratio may lose, beyond noise, before the guard fails.
 MOST_LOST = 0.15
 _COLUMNS = ("name", "value", "packets/s", "yardstick", "its value", "ratio", "95%", "target", "spread")
 _COLOURS = {True: "#2f7d4f", False: "#b9553f", None: "#7d8794"}
-_BEGIN, _END = "<!-- figures: written by ./build.sh bench --store -->", "<!-- end of figures -->"
+_FIGURES = "figures: written by ./build.sh bench --store"
 
 
 def _figure(value: float, unit: str) -> str:
@@ -55,13 +56,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return out
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """Return machine and rows for a document."""
-    machine = document["machine"]
-    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items())
-    lines = [f"Measured on: {said}.", "", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in document["results"]]
-    return "\n".join(lines) + "\n"
+def measured_on(machine: dict[str, Any]) -> str:
+    """Return the facts of a machine as a line for a document."""
+    said = (f"{name.replace('_', ' ')} {value}" for name, value in machine.items())
+    return f"Measured on: {', '.join(said)}.\n"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table for a document."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
@@ -97,21 +101,27 @@ def plot(rows: list[dict[str, Any]]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 60} {bottom + 42}" role="img">{"".join(out)}</svg>\n'
 
 
-def store(document: dict[str, Any], ratios: Path, page: Path) -> None:
-    """Keep ratios for the guard, and put table and plot into the page, which has a place for them.
+def put(page: Path, mark: str, text: str) -> None:
+    """Put a text into a page in place of what stands between the comment `mark` and the next `end of` its first word.
 
     Raises:
         ValueError: the page has no such place.
     """
-    before, begin, rest = page.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{page} has no lines {_BEGIN!r} and {_END!r}")
-    picture = page.with_suffix(".svg")
-    picture.write_text(plot(document["results"]))
-    figures = f"\n{markdown(document)}\n![Ratios and targets]({picture.name})\n"
-    page.write_text(before + begin + figures + end + after)
-    kept = {row["name"]: {"ratio": row["ratio"], "interval": row["interval"]} for row in document["results"]}
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark.partition(':')[0]} -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{page} has no lines {begin!r} and {end!r}")
+    page.write_text(f"{before}{begin}\n{text}{end}{after}")
+
+
+def store(document: dict[str, Any], ratios: Path, page: Path) -> None:
+    """Keep ratios for the guard, and put table and plot into the page, which has a place for them; ValueError if not."""
+    picture, results = page.with_suffix(".svg"), document["results"]
+    rows = markdown(_COLUMNS, map(_cells, results))
+    put(page, _FIGURES, f"{measured_on(document['machine'])}\n{rows}\n![Ratios and targets]({picture.name})\n")
+    picture.write_text(plot(results))
+    kept = {row["name"]: {"ratio": row["ratio"], "interval": row["interval"]} for row in results}
     ratios.write_text(json.dumps({"machine": document["machine"], "ratios": kept}, indent=1) + "\n")
 
 

@@ -83,8 +83,13 @@ _NULL_FRAMES = 1024
 _numbers = itertools.count()
 
 
-def capture(path: Path, protocol: str, payload: int, data_bytes: int) -> plans.Layout:
-    """Write a capture whose packets bring so many bytes, on the wire, of gradients; the partial sums come on top."""
+def capture(
+    path: Path, protocol: str, payload: int, data_bytes: int, iterations: int = ITERATIONS
+) -> plans.Layout:  # fmt: skip
+    """Write a capture whose packets bring so many bytes, on the wire, of gradients; the partial sums come on top.
+
+    Fewer `iterations` bring less: the first ones of it.
+    """
     layout = plans.Layout(
         source="modelled", library="nccl", version="2.24", protocol=protocol, ring=(0, 1), mtu=payload
     )
@@ -92,7 +97,7 @@ def capture(path: Path, protocol: str, payload: int, data_bytes: int) -> plans.L
     elements = _elements(protocol, data_bytes)
     partial, result = torch.randn(elements), torch.randn(elements)
     tap = LinkTap(layout, links, path)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         tap.all_reduce(partial, result)
     tap.close()
     return layout

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -18,47 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from workload_gen._nic import Nic
 
 import flowcheck
-from workload_gen import backend, gpt, recorded_plan
-from workload_gen.fabric import Fabric, adapter_socket
+from bench import fabric_job
+from bench.fabric_job import Rank
+from workload_gen.fabric import Fabric
 from workload_gen.record import Recording
-from workload_gen.transport import FabricRing
-from workload_gen.wire import connections
 
 #: Steps at the start of a block that do not count.
 WARM_UP = 3
 
 
 def _rank(
-    recording: Recording, rank: int, host: str, pairs: int, steps: int, batches: int, queue: Any
-) -> None:  # fmt: skip
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    layout = recording.layout()
-    nic = Nic(adapter_socket(host, Fabric.INTERFACE), layout.mtu)
-
-    def ends(edge: int) -> list[Any]:
-        return connections(layout, edge, recording.ip, None, 0)
-
-    backend.register(layout, lambda layout, rank, store: FabricRing(layout, rank, nic, ends))
-    store = dist.FileStore(str(recording.out / "store"), recording.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=recording.ranks)
-    model = gpt.build(recording.parameters, recording.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, fused=True)
-    ddp = DistributedDataParallel(model, bucket_cap_mb=recording.bucket_mb, process_group=flowcheck.group(backend.NAME))
-    links = {link: ends(link) for link in (0, recording.ranks - 1)}
-    streams = [{"name": f"link-{link}", "links": [link]} for link in links]
-    wire = recorded_plan.network(layout, links, streams)
+    rank: int, recording: Recording, hosts: tuple[str, ...], pairs: int, steps: int, batches: int
+) -> list[tuple[list[float], list[float]]]:
+    """Return the seconds of every step of each pair of blocks, without the hook and with it."""
+    job = Rank(recording, rank, hosts[rank], batches)
+    wire = job.wire([{"name": f"link-{link}", "links": [link]} for link in (0, recording.ranks - 1)])
     iteration = 0
-
-    def batch(iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [gpt.batch(recording.seed, rank, batches * iteration + part) for part in range(batches)]
-        return tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     def block() -> list[float]:
         nonlocal iteration
@@ -66,10 +42,7 @@ def _rank(
         for _ in range(steps):
             iteration += 1
             begin = time.perf_counter()
-            inputs, targets = batch(iteration)
-            optimizer.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(ddp(inputs).flatten(0, 1), targets.flatten()).backward()
-            optimizer.step()
+            job.step(iteration)
             times.append(time.perf_counter() - begin)
         return times[WARM_UP:]
 
@@ -81,39 +54,25 @@ def _rank(
             dist.barrier()
             if hooked:
                 # Audits of a new run come at its first three iterations, then every hundred.
-                with flowcheck.attach(ddp, optimizer, plan_url=recording.out / "plan", wire=wire, wait_s=0):
+                with flowcheck.attach(job.ddp, job.optimizer, plan_url=recording.out / "plan", wire=wire, wait_s=0):
                     found[hooked] = block()
             else:
                 found[hooked] = block()
         results.append((found[False], found[True]))
-    dist.barrier()
-    if rank == 0:
-        queue.put(results)
-    time.sleep(1)  # the others may still ask for something again
+    job.close()
+    return results
 
 
 def measure(
     pairs: int, steps: int, parameters: int, ranks: int, batches: int, protocol: str
 ) -> dict[str, Any]:  # fmt: skip
     """Return the medians in seconds, their ratio, and its 95% interval."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
     with tempfile.TemporaryDirectory(prefix="flowcheck-bench-") as folder, Fabric(ranks, ()) as fabric:
         recording = Recording(
             out=Path(folder), ranks=ranks, protocol=protocol, mtu=4096, ip=4, parameters=parameters, bucket_mb=1.0
         )
-        processes = [
-            context.Process(target=_rank, args=(recording, rank, host, pairs, steps, batches, queue), daemon=True)
-            for rank, host in enumerate(fabric.hosts)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            results = queue.get(timeout=3600)
-        finally:
-            for process in processes:
-                process.join(3)
-                process.kill()
+        with fabric_job.ranks(ranks, _rank, recording, fabric.hosts, pairs, steps, batches) as answer:
+            results = answer()
     bare = np.array([statistics.median(without) for without, _ in results])
     hooked = np.array([statistics.median(with_it) for _, with_it in results])
     chosen = np.random.default_rng(1).integers(0, pairs, (10_000, pairs))

@@ -23,7 +23,7 @@ from updater.log_format import GRADIENT
 from updater.model_state import ModelState
 from updater.snapshot import State, write_state
 
-__all__ = ["WAYS", "checkpoints", "model_plan", "updates"]
+__all__ = ["WAYS", "checkpoints", "filled", "model_plan", "torch_save", "updates", "write_raw"]
 
 #: Torch's own ways to write a state, by the end of the row's name.
 WAYS = {"torch_save": "torch.save", "dcp_save": "DCP save", "dcp_async_save": "DCP async_save"}
@@ -84,7 +84,7 @@ def model_plan(form: str, elements: int) -> plans.Plan:
     )
 
 
-def _filled(form: str, elements: int) -> tuple[plans.Plan, ModelState, np.ndarray]:
+def filled(form: str, elements: int) -> tuple[plans.Plan, ModelState, np.ndarray]:
     """Return a plan, a state with values, and a slot with a gradient."""
     plan = model_plan(form, elements)
     state = ModelState(plan)
@@ -112,7 +112,7 @@ def updates(results: Results, sizes: Sizes) -> None:
     clock = Clock(sizes)
     work: dict[str, Callable[[], object]] = {}
     for form in ("fused", "default"):
-        plan, state, slot = _filled(form, sizes.parameters)
+        plan, state, slot = filled(form, sizes.parameters)
         work[f"bare {form}"] = functools.partial(_bare_step, clock, f"bare {form}", state.optimizer, slot)
         work[form] = functools.partial(clock, form, functools.partial(state.step, slot, plan.revision(1)))
     elements = sizes.data_bytes // 4
@@ -133,7 +133,8 @@ def updates(results: Results, sizes: Sizes) -> None:
     )  # fmt: skip
 
 
-def _write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
+def write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
+    """Write bytes one after another into a file so that they are on the disk."""
     with open(path, "wb", buffering=0) as file:
         for content in contents:
             left = memoryview(content)
@@ -142,7 +143,8 @@ def _write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
         os.fdatasync(file.fileno())
 
 
-def _torch_save(path: Path, state: dict[str, Any]) -> None:
+def torch_save(path: Path, state: dict[str, Any]) -> None:
+    """Save a state so that it is on the disk."""
     with open(path, "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -157,7 +159,7 @@ def _quietly(call: Callable[[], object]) -> None:
 
 def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
     """Measure log and snapshot beside raw synced writing, and the snapshot beside torch's own ways to write a state."""
-    plan, model, slot = _filled("fused", sizes.parameters)
+    plan, model, slot = filled("fused", sizes.parameters)
     model.step(slot, plan.revision(1))
     gradient = slot[: 4 * sizes.parameters]
     state = State("bench", 1, 1, True, arithmetic.current().model_dump(), model.model, model.optimizer.state_dict())
@@ -174,11 +176,11 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
             writer.append(GRADIENT, 1, iteration, 0, [gradient])
             writer.commit()
 
-        clock("raw log", lambda: _write_raw(folder / "raw", [gradient]))
+        clock("raw log", lambda: write_raw(folder / "raw", [gradient]))
         clock("log", append)
-        clock("raw snapshot", lambda: _write_raw(folder / "raw", contents))
+        clock("raw snapshot", lambda: write_raw(folder / "raw", contents))
         clock("snapshot", lambda: write_state(folder / "snapshot.h5", state))
-        clock("torch.save", lambda: _torch_save(folder / "state.pt", document))
+        clock("torch.save", lambda: torch_save(folder / "state.pt", document))
         clock("DCP save", lambda: _quietly(lambda: dcp.save(document, checkpoint_id=folder / "dcp")))
         # To its end: then the state is as safe as after the others.
         clock(

@@ -33,6 +33,8 @@ _numbers = itertools.count()
 PACKET_SOCKET_BYTES = 128
 #: Frames that a packet socket's ring holds at least: what comes while the dump does not run for some milliseconds.
 SOCKET_FRAMES = 4096
+#: And the bytes that it has at most: the driver maps two of them, one to send, and counts their bytes in 32 bits.
+MOST_SOCKET_BYTES = 1 << 30
 #: Between two looks at an interface's counters while nothing comes.
 COUNT_S = 0.02
 
@@ -170,7 +172,7 @@ class InterfaceDump(PortDump):
         interface: its name; DeviceError if it is missing, down, or the permission for packet sockets is.
         ring: where the frames go.
         engine: copies the frames; the CPU if none is given.
-        frames: room of the socket's ring, at least SOCKET_FRAMES.
+        frames: room of the socket's ring, at least SOCKET_FRAMES and at most MOST_SOCKET_BYTES.
     """
 
     def __init__(
@@ -179,11 +181,11 @@ class InterfaceDump(PortDump):
         interfaces.check(interface)
         interfaces.raw_socket(interface).close()  # says what is wrong better than the driver does
         size = 1 << (ring.record_bytes + PACKET_SOCKET_BYTES - 1).bit_length()
-        frames = max(frames, SOCKET_FRAMES)
+        frames = min(1 << (max(frames, SOCKET_FRAMES) - 1).bit_length(), MOST_SOCKET_BYTES // size)
         super().__init__(
             eal,
             f"net_af_packet_fc{os.getpid()}_{next(_numbers)},iface={interface},blocksz={max(size, PAGE)},framesz={size},"
-            f"framecnt={1 << (frames - 1).bit_length()}",
+            f"framecnt={frames}",
             ring,
             engine,
         )

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import report
+from bench import growth, plots, report, training_overhead
 from bench.yardsticks import PIECE, Yardsticks
+from tests import network
+from workload_gen import gpt
 
 ROOT = Path(__file__).parents[1]
 USUAL = {
@@ -39,9 +41,9 @@ if len(os.sched_getaffinity(0)) > 1:
 MAY_BE = {"parse_against_tshark", "parse_against_dpkt", "dump_against_testpmd"}
 
 
-def bench(folder, *options):
-    """Run the benchmark in a folder."""
-    words = [sys.executable, "-m", "bench", *options]
+def bench(folder, *options, module="bench"):
+    """Run a benchmark in a folder."""
+    words = [sys.executable, "-m", module, *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
@@ -170,3 +172,100 @@ def test_updates_are_measured_with_and_without_a_snapshot_beside_them(tmp_path):
     low, high = row["ratio"]["interval"]
     assert 0 < low <= row["ratio"]["value"] <= high
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.dpdk
+@pytest.mark.slow
+@network.needs_root
+def test_every_way_to_save_an_iteration_is_measured_and_more_rounds_are_added(tmp_path):
+    words = ["--steps", "3", "--ranks", "2", "--parameters", "20000", "--batches", "1", "--folder", str(tmp_path)]
+    for rounds, more in ((1, []), (2, ["--more"])):
+        done = bench(tmp_path, "--rounds", "1", *words, *more, module="bench.training_overhead")
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "build" / "training_overhead.json").read_text())
+        assert len(found["rounds"]) == rounds
+    rows = {row["way"]: row for row in found["rows"]}
+    assert list(rows) == ["none", "flowcheck", "torch_save", "dcp_save", "dcp_async_save"]
+    state = 3 * 4 * sum(parameter.numel() for parameter in gpt.build(20_000, 1).parameters())
+    assert rows["none"]["bytes"] == 0 and state / 3 < rows["flowcheck"]["bytes"] < state < rows["torch_save"]["bytes"]
+    for name, row in rows.items():
+        assert row["steps"] == 6 and row["median_s"] > 0 and row["lost"] == 0
+        low, high = row["interval"]
+        assert low <= row["ratio"] <= high
+        assert name == "none" or 0 <= row["behind"] <= row["most_behind"] <= 2
+    ElementTree.parse(tmp_path / "build" / "training_overhead.svg")
+    done = bench(tmp_path, "--rounds", "1", "--steps", "4", "--more", module="bench.training_overhead")
+    assert done.returncode == 2 and "other settings" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["build"]
+
+
+def way(ended, saved=()):
+    return {"ended": [at * 10**9 for at in ended], "saved": saved, "bytes": 5, "trainer_bytes": 7}
+
+
+def test_what_a_crash_loses_is_what_is_finished_and_not_safe():
+    ended = [1, 2, 3, 4, 5, 6, 7, 8]
+    # Each iteration is safe half a second later, but the third one only with the fourth, which takes a second.
+    saved = [[at, at * 10**9 + 5 * 10**8] for at in ended if at != 3 and at != 4] + [[4, 5 * 10**9]]
+    found = {
+        row["way"]: row for row in training_overhead.summary([{"none": way(ended), "flowcheck": way(ended, saved)}])
+    }
+    assert found["flowcheck"]["most_behind"] == 2
+    assert found["flowcheck"]["behind"] == pytest.approx(
+        (6 * 0.5 - 0.5 + 2 + 1) / 7
+    )  # of the last one nothing more is seen
+    assert found["none"]["most_behind"] == 7 and found["flowcheck"]["ratio"] == 1
+
+
+@pytest.mark.dpdk
+def test_growth_is_measured_in_pieces(tmp_path, monkeypatch, capsys):
+    done = bench(tmp_path, "--quick", "--only", "frames", "--runs", "1", module="bench.growth")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "build" / "growth.json").read_text())
+    assert {row["value"] for row in found["rows"]} == {"dump_s", "parse_s", "extract_s", "peak_bytes"}
+    for row in found["rows"]:
+        assert 0 < row["from"] < row["to"] and row["first"] > 0 and row["last"] > 0 and row["judged"]
+    ElementTree.parse(tmp_path / "build" / "growth.svg")
+    done = bench(tmp_path, "--only", "frames", "--runs", "0", module="bench.growth")
+    assert (
+        done.returncode == 0 and json.loads((tmp_path / "build" / "growth.json").read_text())["rows"] == found["rows"]
+    )
+    assert os.listdir(tmp_path / "build") and os.listdir(tmp_path) == ["build"]
+
+
+@pytest.mark.dpdk
+@pytest.mark.slow
+def test_every_series_of_growth_runs(tmp_path):
+    done = bench(tmp_path, "--quick", "--runs", "1", "--folder", str(tmp_path), module="bench.growth")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "build" / "growth.json").read_text())
+    wanted = {name for name, series in growth.SERIES.items() if os.geteuid() == 0 or not series.root}
+    assert {row["series"] for row in found["rows"]} == wanted
+    assert os.listdir(tmp_path) == ["build"]
+
+
+def test_growth_is_told_from_a_fixed_part_and_from_noise():
+    noise = np.random.default_rng(1)
+
+    def of(function, spread=0.02):
+        return {x: [function(x) * noise.uniform(1 - spread, 1 + spread) for _ in range(3)] for x in (1, 3, 10, 30, 100)}
+
+    for function, constant, verdict in (
+        (lambda x: 40 + 2 * x, False, "linear"), (lambda x: 2 * x, False, "linear"),
+        (lambda x: x**1.5, False, "more than linear"), (lambda x: x**0.5, False, "less than linear"),
+        (lambda x: 7, True, "constant"), (lambda x: 7 + x, True, "grows"), (lambda x: 1 / x, True, "falls"),
+    ):  # fmt: skip
+        _, interval = growth.exponent(of(function), constant)
+        assert growth.judged(interval, constant) == verdict, (interval, verdict)
+    _, interval = growth.exponent(of(lambda x: 2 * x, 0.9), False)
+    assert growth.judged(interval, False) == "not told"
+
+
+def test_plots_hold_what_they_show():
+    picture = ElementTree.fromstring(plots.histograms({"a <way>": [0.1, 0.2, 0.2], "another": [0.3]}, "seconds"))
+    assert {"a <way>", "another", "seconds"} <= {element.text for element in picture.iter()}
+    bars = [element for element in picture.iter() if element.tag.endswith("rect")]
+    assert len(bars) == 1 + 2 + 1  # the ground, and a bar for each value that was seen
+    lines = {"one": [(1, 2), (1000, 2000)], "other": [(1, 5), (1000, 5)]}
+    picture = ElementTree.fromstring(plots.curves([plots.Curves("title", "x", "y", lines)] * 3))
+    assert sum(element.tag.endswith("circle") for element in picture.iter()) == 12

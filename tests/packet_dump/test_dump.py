@@ -3,6 +3,8 @@
 
 import itertools
 import os
+import socket
+import struct
 import sys
 
 import numpy as np
@@ -12,8 +14,8 @@ from flowcheck._copy import CopyEngine
 from flowcheck.eal import Eal
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
-from packet_dump.dump import FileDump, PortDump
-from tests import dma_faults, jobs, wire
+from packet_dump.dump import FileDump, InterfaceDump, PortDump
+from tests import dma_faults, jobs, network, wire
 from tests.capture_files import SECONDS, pcap, pcapng
 
 pytestmark = pytest.mark.dpdk
@@ -279,3 +281,19 @@ def test_buffers_and_ports_are_given_back(eal, tmp_path):
             run(dump, target)
             dump.close()
     assert sys.modules["packet_dump._dump"]
+
+
+@pytest.mark.slow
+@network.needs_root
+def test_an_interface_is_dumped_however_large_an_iteration_is(tmp_path, eal):
+    with network.cable() as (near, far), ring(tmp_path, frame_bytes=4200) as into:
+        dump = InterfaceDump(eal, far, into, frames=1_000_000)  # 8 GB of frames, and as many to send
+        frame = bytes(12) + struct.pack("!H", 0x88B5) + bytes(range(200))
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
+            out.bind((near, 0))
+            out.send(frame)
+        for _ in range(100_000):
+            if dump.poll():
+                break
+        assert into.written == 1 and into.frame(0) == frame
+        dump.close()
