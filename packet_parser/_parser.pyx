@@ -29,7 +29,7 @@ __all__ = ["RingParser"]
 
 cdef enum:
     BURST = 1024
-    NEW_NS = 10 * 1000000000    # a ring is new for so long: what an earlier attempt has sent has come by then
+    NEW_SECONDS = 10            # a ring is new for so long: what an earlier attempt has sent has come by then
     AHEAD = 8                   # records whose headers are fetched before their turn
     MOST_QUEUE_PAIRS = 1024     # of one stream, data ones
     BUCKETS = 4096              # of the flow table, at most half full
@@ -331,7 +331,7 @@ cdef class RingParser:
         cdef fc_sync *sync = self.state.sync + entry.index
         cdef flow_run *run = self.runs + entry.index
         cdef uint64_t now = record.timestamp_ns
-        cdef bint begins = fc_within(self.state.began_ns, now, NEW_NS)
+        cdef bint begins = fc_within(self.state.began_ns, now, NEW_SECONDS * <uint64_t> 1000000000)
         cdef int reason = fc_judge(flow, sync, wire, payload, now, begins)
         cdef int proof
         cdef const fc_row *row

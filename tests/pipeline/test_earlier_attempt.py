@@ -23,10 +23,15 @@ def frames_of(folder, stream):
         return [bytes(frame) for frame, _ in reader]
 
 
-def followed(folder, plan, streams):
-    """Take frames of each stream through parsers and an extractor; return what was decided, and why packets were unsynchronised."""
+def followed(folder, plan, streams, pause_ns=0):
+    """Take frames of each stream through parsers and an extractor; return what was decided, and why packets were unsynchronised.
+
+    All frames but a stream's first come `pause_ns` later than it.
+    """
     folder.mkdir()
     rings = [jobs.ring_of(folder, plan, frames, name) for name, frames in streams.items()]
+    for ring in rings:
+        jobs.headers(ring)["timestamp_ns"][1:] += pause_ns
     parsers = [Parser(ring, plan, ring.stream) for ring in rings]
     slots = jobs.slots_of(folder, plan)
     with contextlib.closing(Extractor(rings, plan, slots)) as extractor:
@@ -65,7 +70,8 @@ def test_the_end_of_the_attempt_before_is_never_taken_for_the_new_one(tmp_path, 
         }
         if case % 3 == 2:
             late[chance.choice(names)] = []
-        found, reasons = followed(tmp_path / str(case), plan, {name: late[name] + new[name] for name in names})
+        pause_ns = 8 * 10**9 * (case % 2)
+        found, reasons = followed(tmp_path / str(case), plan, {name: late[name] + new[name] for name in names}, pause_ns)
         for iteration, (state, *_, data) in found.items():
             assert state != WHOLE or data == truth[iteration][-1], (case, iteration)
         assert {i for i, row in found.items() if row[0] == WHOLE} == set(truth), (case, found.keys(), reasons)
