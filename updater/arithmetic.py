@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The named arithmetic of this process, and where its steps are known to give the trainer's bits.
 
-Bits are promised only for what tests/updater/test_optimizer.py holds against plain torch; everything else steps the
-same class, and says `bit_exact: false`.
+Bits are promised only for what tests/updater/test_optimizer.py holds against plain torch; everything else is stepped
+alike, and says `bit_exact: false`.
 """
 
 from __future__ import annotations
