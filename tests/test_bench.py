@@ -109,7 +109,7 @@ def test_what_is_stored_is_what_the_guard_takes_and_the_page_shows(tmp_path):
     for _ in range(2):  # the second time in place of the first
         report.store(document, ratios, page)
         text = page.read_text()
-        assert text.count("| dump |") == 1 and "0.85 missed" in text and text.count("performance.svg") == 1
+        assert text.count("\n| dump |") == 1 and "0.85 missed" in text and text.count("performance.svg") == 1
     ElementTree.parse(tmp_path / "performance.svg")
     stored = json.loads(ratios.read_text())
     assert not report.guard([row("dump", 0.5)], stored) and report.guard([row("dump", 0.3)], stored)
