@@ -191,7 +191,8 @@ def _unhurried(batches: Iterator[_Batch], share: float) -> Iterator[_Batch]:
     for batch in batches:
         begin = time.perf_counter()
         yield batch
-        time.sleep((time.perf_counter() - begin) * (1 / share - 1))
+        if share < 1:  # a sleep of no time gives the core up all the same
+            time.sleep((time.perf_counter() - begin) * (1 / share - 1))
 
 
 def _read_back(fd: int, batches: Iterator[_Batch]) -> tuple[int, str]:

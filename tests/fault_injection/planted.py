@@ -77,7 +77,9 @@ BUGS = [
         "coverage-one-unit-too-far",
         "data_extractor/_extractor.pyx",
         "    where.units = (where.bytes + 7) // 8\n",
-        "    where.units = (where.bytes + 7) // 8\n    where.units += where.units and (where.first + where.units) % 64 != 0\n",
+        "    where.units = (where.bytes + 7) // 8\n"
+        "    if where.units and (where.first + where.units) % 64:\n"
+        "        where.units += 1\n",
         EXTRACTOR,
         ("drop",),
         ("wrong", "untrue_ranges", "unrepaired"),
@@ -133,8 +135,8 @@ BUGS = [
     Bug(
         "dump-forgets-what-it-has",
         "packet_dump/_dump.pyx",
-        "        self.skip = 0 if live else self.state.written\n",
-        "        self.skip = 0 if live else self.state.written - (self.state.written > 0)\n",
+        "            for i in range(self.state.written):\n",
+        "            for i in range(self.state.written - (self.state.written > 0)):\n",
         DUMP,
         ("kill-dump",),
         ("unaccounted", "untrue_ranges", "unrepaired"),
