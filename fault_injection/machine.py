@@ -26,9 +26,11 @@ SECTOR_BYTES = 512
 class _Kills(Script):
     """Drops stages of one sort, each time at a turn drawn by lot, and makes them anew."""
 
-    def __init__(self, rng: random.Random, stage: str, most: int) -> None:
+    def __init__(
+        self, rng: random.Random, stage: str, most: int, probabilities: Sequence[float] = (0.02, 0.1, 0.4)
+    ) -> None:
         self._rng, self._stage, self._left = rng, stage, rng.randint(1, most)
-        self._probability = rng.choice([0.02, 0.1, 0.4])
+        self._probability = rng.choice(probabilities)
 
     def before(self, chain: Chain, turn: int) -> None:
         names = [name for name in chain.stages if name.split()[0] == self._stage]
@@ -40,7 +42,8 @@ class _Kills(Script):
 @kind("kill-dump")
 def kill_dump(case: Case) -> None:
     """Kill dumps."""
-    case.script = _Kills(case.rng, "dump", _DUMPS)
+    # A file is in the ring after some ten turns: what is killed later has nothing left to lose.
+    case.script = _Kills(case.rng, "dump", _DUMPS, (0.1, 0.4, 0.9))
 
 
 @kind("kill-parser")

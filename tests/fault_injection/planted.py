@@ -136,7 +136,7 @@ BUGS = [
         "dump-forgets-what-it-has",
         "packet_dump/_dump.pyx",
         "            for i in range(self.state.written):\n",
-        "            for i in range(self.state.written - (self.state.written > 0)):\n",
+        "            for i in range(self.state.written // 2):\n",
         DUMP,
         ("kill-dump",),
         ("unaccounted", "untrue_ranges", "unrepaired"),

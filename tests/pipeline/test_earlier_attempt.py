@@ -71,7 +71,9 @@ def test_the_end_of_the_attempt_before_is_never_taken_for_the_new_one(tmp_path, 
         if case % 3 == 2:
             late[chance.choice(names)] = []
         pause_ns = 8 * 10**9 * (case % 2)
-        found, reasons = followed(tmp_path / str(case), plan, {name: late[name] + new[name] for name in names}, pause_ns)
+        found, reasons = followed(
+            tmp_path / str(case), plan, {name: late[name] + new[name] for name in names}, pause_ns
+        )
         for iteration, (state, *_, data) in found.items():
             assert state != WHOLE or data == truth[iteration][-1], (case, iteration)
         assert {i for i, row in found.items() if row[0] == WHOLE} == set(truth), (case, found.keys(), reasons)
