@@ -27,13 +27,10 @@ typedef struct {
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "flowcheck/_vectors.h"
 #define FC_STREAMED() _mm_sfence()
-/* DPDK's flags tune for a processor without AVX2, for which gcc cuts every unaligned load and store in two. */
-#if defined(__clang__)
-#define FC_AVX2 __attribute__((target("avx2")))
-#else
-#define FC_AVX2 __attribute__((target("avx2,tune=haswell")))
-#endif
+#define FC_AVX2 FC_TARGET("avx2")
 #else
 #define FC_STREAMED() ((void)0)
 #endif

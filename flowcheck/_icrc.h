@@ -41,6 +41,8 @@ static uint32_t fc_crc_tables(uint32_t state, const uint8_t *data, uint64_t leng
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "flowcheck/_vectors.h"
+
 /* A 128-bit remainder moved over the next 16 * n bytes: its two halves, each multiplied by a power of x modulo the
  * polynomial, and added to what lies there. */
 #define FC_FOLD(value, powers, next)                                                                                   \
@@ -94,15 +96,8 @@ __attribute__((target("pclmul,sse4.1"))) static uint32_t fc_crc_folding(uint32_t
     _mm256_xor_si256(_mm256_xor_si256(_mm256_clmulepi64_epi128(value, powers, 0x00), \
                                       _mm256_clmulepi64_epi128(value, powers, 0x11)), next)
 
-/* DPDK's flags tune for a processor without AVX2, for which gcc cuts every unaligned load in two. */
-#if defined(__clang__)
-#define FC_WIDE __attribute__((target("avx2,pclmul,vpclmulqdq")))
-#else
-#define FC_WIDE __attribute__((target("avx2,pclmul,vpclmulqdq,tune=haswell")))
-#endif
-
-FC_WIDE static uint32_t fc_crc_wide(uint32_t state, const uint8_t *head, uint64_t head_bytes, const uint8_t *data,
-                                    uint64_t length) {
+FC_TARGET("avx2,pclmul,vpclmulqdq")
+static uint32_t fc_crc_wide(uint32_t state, const uint8_t *head, uint64_t head_bytes, const uint8_t *data, uint64_t length) {
     if (head_bytes > 128 || head_bytes + length < 128)
         return fc_crc_folding(state, head, head_bytes, data, length);
     const __m256i by128 = _mm256_broadcastsi128_si256(FC_BY_128), by32 = _mm256_broadcastsi128_si256(FC_BY_32);

@@ -378,9 +378,8 @@ cdef class RingParser:
 
     cdef void _see(self, const uint8_t *frame, const fc_wire *wire, uint32_t flow) noexcept nogil:
         """Keep the header of a packet inside of a message."""
-        if wire.bth_offset + 12 <= FC_SEEN_BYTES:
+        if fc_see(self.seen + fc_seen_place(frame + wire.bth_offset), frame, wire, flow):
             self.bth_at = wire.bth_offset
-            fc_see(self.seen + fc_seen_place(frame + wire.bth_offset), frame, wire, flow)
 
     cdef inline int _judge_inner(self, fc_record *record, const uint8_t *frame, uint32_t stored) noexcept nogil:
         """Judge and annotate a packet inside of the message at its flow's place; -1, with nothing done, if it is not that.

@@ -49,8 +49,8 @@ cdef inline bint fc_seen_again(const fc_seen *seen, const uint8_t *frame, uint32
     return seen.wire.bth_offset + 12 <= FC_SEEN_LINE or not fc_differ(
         frame + FC_SEEN_LINE, seen.bits + FC_SEEN_LINE_WORDS, seen.mask + FC_SEEN_LINE_WORDS, FC_SEEN_WORDS - FC_SEEN_LINE_WORDS)
 
-cdef inline void fc_see(fc_seen *seen, const uint8_t *frame, const fc_wire *wire, uint32_t flow) noexcept nogil:
-    """Keep the header of a packet that fc_decode found right; nothing if it is longer than what is compared."""
+cdef inline bint fc_see(fc_seen *seen, const uint8_t *frame, const fc_wire *wire, uint32_t flow) noexcept nogil:
+    """Keep the header of a packet that fc_decode found right; False, with nothing kept, if it is longer than what is compared."""
     cdef uint8_t mask[FC_SEEN_BYTES]
     cdef uint8_t *ip = mask + wire.ip_offset
     cdef uint8_t *bth = mask + wire.bth_offset
@@ -58,7 +58,7 @@ cdef inline void fc_see(fc_seen *seen, const uint8_t *frame, const fc_wire *wire
     seen.stored = 0
     if wire.bth_offset + 12 > FC_SEEN_BYTES or wire.payload_offset != wire.bth_offset + 12 or (
             wire.ip_headers != (20 if wire.ip_version == 4 else 40)):
-        return
+        return False
     memset(mask, 0, FC_SEEN_BYTES)
     memset(mask + 12, 0xFF, wire.bth_offset)    # from the Ethernet type to the BTH's end
     if wire.ip_version == 4:
@@ -82,3 +82,4 @@ cdef inline void fc_see(fc_seen *seen, const uint8_t *frame, const fc_wire *wire
     seen.stored = wire.length if wire.length > bytes else bytes
     seen.flow = flow
     seen.wire = wire[0]
+    return True
