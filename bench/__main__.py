@@ -87,7 +87,7 @@ def _groups(results: Results, sizes: Sizes, cores: list[int]) -> Iterator[tuple[
 
     names = ["update_fused", "update_default", "step_default", "update_memory"]
     yield names, lambda: updates.updates(results, sizes)
-    yield ["log", "snapshot", *(f"snapshot_{way}" for way in updates.WAYS)], on_disk
+    yield ["log", "snapshot_written", "snapshot", *(f"snapshot_{way}" for way in updates.WAYS)], on_disk
     yield [f"parse_against_{name}" for name in tools.PARSERS] + ["dump_against_testpmd"], beside_tools
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from bench.measure import Clock, Results, Sizes
 from flowcheck import plan as plans
-from updater import arithmetic
+from updater import arithmetic, durable
 from updater.log import LogWriter
 from updater.log_format import GRADIENT
 from updater.model_state import ModelState
@@ -143,6 +144,17 @@ def write_raw(path: Path, contents: Iterable[np.ndarray]) -> None:
         os.fdatasync(file.fileno())
 
 
+class _SyncedAt(durable.Disk):
+    """A disk that notes when a file was last synced to its end."""
+
+    at = 0.0
+
+    def sync(self, fd: int) -> None:
+        """Make a file's content and size durable."""
+        super().sync(fd)
+        self.at = time.perf_counter()
+
+
 def torch_save(path: Path, state: dict[str, Any]) -> None:
     """Save a state so that it is on the disk."""
     with open(path, "wb") as file:
@@ -179,7 +191,9 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
         clock("raw log", lambda: write_raw(folder / "raw", [gradient]))
         clock("log", append)
         clock("raw snapshot", lambda: write_raw(folder / "raw", contents))
+        begin, durable.disk = time.perf_counter(), (disk := _SyncedAt())
         clock("snapshot", lambda: write_state(folder / "snapshot.h5", state))
+        clock.times["snapshot written"].append(disk.at - begin)
         clock("torch.save", lambda: torch_save(folder / "state.pt", document))
         clock("DCP save", lambda: _quietly(lambda: dcp.save(document, checkpoint_id=folder / "dcp")))
         # To its end: then the state is as safe as after the others.
@@ -192,6 +206,7 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
     writer.close()
     raw, times = "write and fdatasync", clock.times
     results.add("log", "bytes/s", gradient.nbytes, times["log"], raw, gradient.nbytes, times["raw log"])
-    results.add("snapshot", "bytes/s", size, times["snapshot"], raw, size, times["raw snapshot"])
+    for name, timed in (("snapshot_written", "snapshot written"), ("snapshot", "snapshot")):
+        results.add(name, "bytes/s", size, times[timed], raw, size, times["raw snapshot"])
     for name, theirs in WAYS.items():
         results.add(f"snapshot_{name}", "bytes/s", size, times["snapshot"], theirs, size, times[theirs])

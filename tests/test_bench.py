@@ -31,7 +31,7 @@ USUAL = {
     "chain_1core",
 }
 NAMES = USUAL | {f"{name}_1024" for name in USUAL} | {"dump_null", "dump_null_1024"}
-NAMES |= {"update_fused", "update_default", "step_default", "update_memory", "log", "snapshot"}
+NAMES |= {"update_fused", "update_default", "step_default", "update_memory", "log", "snapshot_written", "snapshot"}
 NAMES |= {"snapshot_torch_save", "snapshot_dcp_save", "snapshot_dcp_async_save", "parse_against_scapy"}
 if os.geteuid() == 0:
     NAMES |= {"step_overhead"}

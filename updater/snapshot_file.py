@@ -28,8 +28,10 @@ __all__ = ["PIECE_BYTES", "Content", "Dataset", "Request", "Written", "pieces", 
 
 #: The most that is given, written and read back at once; content is handled in pieces of it.
 PIECE_BYTES = 1 << 20
-#: Once so much is dirty it is synced: what else syncs on that disk then waits for no more.
-_DIRTY_BYTES = 4 << 20
+#: What is written between two syncs grows fourfold after one shorter than this, and shrinks so after any other, ...
+_SYNC_S = 0.02
+#: ... within these bounds: what else syncs on that disk has to wait for it.
+_LEAST_DIRTY_BYTES, _MOST_DIRTY_BYTES = 4 << 20, 64 << 20
 #: Bytes begin on a multiple of it in staging memory: a cache line.
 _ALIGNMENT = 64
 _NUMPY = {"bfloat16": "uint16"}
@@ -110,13 +112,7 @@ def write_file(path: Path, request: Request, content: Content, share: float = 1.
     fd = durable.disk.create(path)
     try:
         try:
-            dirty = 0
-            for at, batch in _unhurried(_batches(parts, content), share):
-                if dirty >= _DIRTY_BYTES:
-                    durable.disk.datasync(fd)
-                    dirty = 0
-                dirty += write_all(fd, batch, at)
-            durable.disk.sync(fd)
+            _write(fd, _unhurried(_batches(parts, content), share))
             # Clean pages go, so that the comparison reads what the disk has.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             size, digest = _read_back(fd, _unhurried(_batches(parts, content), share))
@@ -193,6 +189,22 @@ def _unhurried(batches: Iterator[_Batch], share: float) -> Iterator[_Batch]:
         yield batch
         if share < 1:  # a sleep of no time gives the core up all the same
             time.sleep((time.perf_counter() - begin) * (1 / share - 1))
+
+
+def _write(fd: int, batches: Iterator[_Batch]) -> None:
+    """Write a file so that it is on the disk, and so that what else syncs there waits little longer than _SYNC_S."""
+    dirty, room = 0, _LEAST_DIRTY_BYTES
+    for at, batch in batches:
+        if dirty >= room:
+            begin = time.perf_counter()
+            durable.disk.datasync(fd)
+            room = room * 4 if time.perf_counter() - begin < _SYNC_S else room // 4
+            dirty, room = 0, min(max(room, _LEAST_DIRTY_BYTES), _MOST_DIRTY_BYTES)
+        size = write_all(fd, batch, at)
+        dirty += size
+        # Dirty pages cannot go, but the disk begins with them at once; a sync alone would begin when it is called.
+        os.posix_fadvise(fd, at, size, os.POSIX_FADV_DONTNEED)
+    durable.disk.sync(fd)
 
 
 def _read_back(fd: int, batches: Iterator[_Batch]) -> tuple[int, str]:

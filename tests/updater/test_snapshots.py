@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -16,7 +17,7 @@ from flowcheck._copy import CopyEngine
 from flowcheck.errors import CheckpointError, FlowCheckError
 from tests.fixtures import snapshot_v1
 from tests.updater.test_optimizer import make_plan
-from updater import durable
+from updater import durable, snapshot_file
 from updater.durable import Disk
 from updater.snapshot import State, layout_of, read_state, write_now, write_state
 
@@ -156,9 +157,10 @@ def test_an_option_that_json_has_not_is_named(tmp_path):
 class Watched(Disk):
     """A disk that notes what is done; at its `fails`-th write or sync it raises, and may flip a bit of a written byte."""
 
-    def __init__(self, fails=None, code=errno.EIO, flips=None):
+    def __init__(self, fails=None, code=errno.EIO, flips=None, sync_s=0):
         self.calls, self.content, self.fails, self.code, self.flips = [], bytearray(), fails, code, flips
         self.dirty = self.most_dirty = 0
+        self.now, self.sync_s = 0, sync_s
 
     def _note(self, name):
         self.calls.append(name)
@@ -183,6 +185,7 @@ class Watched(Disk):
         self._note("datasync")
         super().datasync(fd)
         self.dirty = 0
+        self.now += self.sync_s
 
     def sync(self, fd):
         self._note("sync")
@@ -195,8 +198,15 @@ def test_every_byte_goes_through_the_disk_and_is_synced(tmp_path, monkeypatch):
     written = write_now(tmp_path / "s.h5", big_state(20))
     assert written.path.read_bytes() == bytes(disk.content)
     assert disk.calls[0] == "create" and disk.calls[-1] == "sync"
-    # Whatever syncs beside it waits for a few MiB, not for all.
-    assert disk.most_dirty < 10_000_000
+
+
+@pytest.mark.parametrize(("sync_s", "megabytes"), [(0.5, 4), (0.001, 64)])
+def test_what_syncs_beside_it_waits_for_little(tmp_path, monkeypatch, sync_s, megabytes):
+    disk = Watched(sync_s=sync_s)
+    monkeypatch.setattr(durable, "disk", disk)
+    monkeypatch.setattr(snapshot_file, "time", SimpleNamespace(perf_counter=lambda: disk.now))
+    write_now(tmp_path / "s.h5", big_state(96))
+    assert megabytes <= disk.most_dirty / 2**20 < megabytes + 3
 
 
 def test_a_disk_that_refuses_anything_leaves_its_error_and_no_file(tmp_path, monkeypatch):
