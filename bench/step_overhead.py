@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 import flowcheck
 from bench import fabric_job
 from bench.fabric_job import Rank
+from bench.measure import paired
 from workload_gen.fabric import Fabric
 from workload_gen.record import Recording
 
@@ -73,11 +73,7 @@ def measure(
         )
         with fabric_job.ranks(ranks, _rank, recording, fabric.hosts, pairs, steps, batches) as answer:
             results = answer()
-    bare = np.array([statistics.median(without) for without, _ in results])
-    hooked = np.array([statistics.median(with_it) for _, with_it in results])
-    chosen = np.random.default_rng(1).integers(0, pairs, (10_000, pairs))
-    ratios = np.median(hooked[chosen], 1) / np.median(bare[chosen], 1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    medians = [[statistics.median(times) for times in pair] for pair in results]
     return {
         "pairs": pairs,
         "steps": steps,
@@ -85,11 +81,7 @@ def measure(
         "ranks": ranks,
         "batches": batches,
         "protocol": protocol,
-        "bare_s": float(np.median(bare)),
-        "hooked_s": float(np.median(hooked)),
-        "ratio": float(np.median(hooked) / np.median(bare)),
-        "interval": [float(low), float(high)],
-        "pair_ratios": (hooked / bare).round(4).tolist(),
+        **paired(*zip(*medians, strict=True)),
     }
 
 

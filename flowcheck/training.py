@@ -532,21 +532,30 @@ class Attached:
         flags = self._flags | (step_record.AUDITED if self._digests is not None else 0)
         known = form.fixed(self.iteration, self._reduced, flags) + self._hyperparameters
         content = torch.zeros(form.content, dtype=torch.int64, device=self._device)
-        content[: len(known)] = torch.tensor(known)
+        content[: len(known)] = self._sent(torch.tensor(known))
         for name, value in self._late.items():
-            bits = value.to(self._device).double().reshape(1).view(torch.int64)
+            bits = self._sent(value).double().reshape(1).view(torch.int64)
             at, count = FIELDS[name]
             content[at : at + count] = torch.cat([bits >> shift & 0xFFFF for shift in range(0, 64, 16)])
         if self._skipped is not None:
             content[FIELDS["skipped"][0]] = self._skipped
         at = form.extra_at
         for (_, size), read in zip(form.extra, self._extra.values(), strict=True):
-            data = read().detach().contiguous().reshape(-1).view(torch.uint8).to(self._device, torch.int64)
+            data = self._sent(read().detach().contiguous().reshape(-1).view(torch.uint8)).to(torch.int64)
             data = torch.nn.functional.pad(data, (0, size % 2)).reshape(-1, 2)
             content[at : at + len(data)] = data[:, 0] + 256 * data[:, 1]
             at += len(data)
         sums = [total >> shift & 0xFFFF for total in step_record.checksum(content, self._places) for shift in (0, 16)]
         return torch.cat([content, torch.stack(sums)])
+
+    def _sent(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the model's device; the host does not wait until it is there.
+
+        From pageable memory a copy would wait for all that the device has yet to do: the step, and the passes before it.
+        """
+        if self._device.type == "cuda" and value.device.type == "cpu":
+            return value.pin_memory().to(self._device, non_blocking=True)  # torch keeps it until the copy is done
+        return value.to(self._device)
 
     def _state(self, iteration: int) -> dict[str, Any]:
         """Return the whole state as it is now, that after an iteration: it can be resumed from."""

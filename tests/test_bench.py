@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import growth, plots, report, training_overhead
+from bench import cuda_checks, growth, plots, report, training_overhead
 from bench.yardsticks import PIECE, Yardsticks
 from tests import network
 from workload_gen import gpt
@@ -242,6 +242,68 @@ def test_every_series_of_growth_runs(tmp_path):
     wanted = {name for name, series in growth.SERIES.items() if os.geteuid() == 0 or not series.root}
     assert {row["series"] for row in found["rows"]} == wanted
     assert os.listdir(tmp_path) == ["build"]
+
+
+ON_CPU = ("--device", "cpu", "--backend", "gloo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "float16-fused"])
+def test_the_checks_of_the_hook_on_gpus_hold_without_one(tmp_path, kind):
+    words = ["--kinds", kind, "--parameters", "5000", "--folder", "job", "--json", "checks.json"]
+    done = bench(tmp_path, *ON_CPU, *words, module="bench.cuda_checks")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "checks.json").read_text())
+    assert len(found["results"][kind]) >= 10 and all(found["results"][kind].values()) and found["logged"] is None
+    # Some three buckets, which were rebuilt; the step of a resumed job that is thrown away is in its plan.
+    noted, free, resumed = found["ranks"][kind][0]["collectives"]
+    assert noted == free and [op for op, *_ in noted].count("all_reduce") == 1 + 1 + 11 * (3 + 1)
+    assert [op for op, *_ in resumed].count("all_reduce") == 1 + 4 * (3 + 1)
+
+
+def test_what_the_library_did_is_read_from_its_log():
+    line = (
+        "host0:7:9 [0] NCCL INFO {}: opCount {:x} sendbuff 0x7f1 recvbuff 0x7f2 acc (nil) count {} datatype {} op 0 root 0 "
+        "comm {} [nranks=2] stream 0x5f"
+    )
+    did = [
+        ("AllGather", 1, 4, "0xa1"),
+        ("Broadcast", 6, 4, "0xb2"),
+        ("AllReduce", 17, 7, "0xa1"),
+        ("AllReduce", 9, 9, "0xa1"),
+    ]
+    log = "\n".join(["x NCCL INFO Bootstrap: Using lo", *(line.format(op, 11, *rest) for op, *rest in did), ""])
+    group = [["all_gather", "int64", 1], ["all_reduce", "float32", 17], ["all_reduce", "bfloat16", 9]]
+    done = cuda_checks.logged(log)
+    assert done == [group, [["broadcast", "int64", 6]]]
+    for planned, verdict in ((group, True), (group[:-1], False), ([*group, group[-1]], False)):
+        ranks = [{"holds": {"a": True, "b": True}, "collectives": [planned]}, {"holds": {"a": True, "b": False}}]
+        result = cuda_checks.judged({"kind": ranks, "other": [{"error": "why"}, {}]}, done)
+        assert [result["kind"][key] for key in ("a", "b")] == [True, False]
+        assert result["kind"]["the library did the plans' collectives"] is verdict
+        assert not any(result["other"].values())
+
+
+@pytest.mark.slow
+def test_the_cost_of_the_hook_on_gpus_is_measured_without_one(tmp_path):
+    words = [
+        "--jobs",
+        "float32:5000",
+        "float16:5000",
+        "--pairs",
+        "2",
+        "--steps",
+        "2",
+        "--batches",
+        "1",
+        "--json",
+        "cost.json",
+    ]
+    done = bench(tmp_path, *ON_CPU, *words, module="bench.cuda_overhead")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "cost.json").read_text())["results"].values():
+        low, high = row["interval"]
+        assert 0 < low <= row["ratio"] <= high and row["pairs"] == len(row["times"]) == 2 and row["audit_s"] > 0
 
 
 def test_growth_is_told_from_a_fixed_part_and_from_noise():
