@@ -10,7 +10,7 @@ from libc.string cimport memcmp, memcpy
 
 from flowcheck._capture_file cimport (
     FC_FILE_END, FC_FILE_FRAME, FC_LONGEST_FRAME, fc_file, fc_file_begin, fc_file_frame, fc_file_next)
-from flowcheck._guarded_file cimport GuardedFile
+from flowcheck._guarded_file cimport FC_FILE_KEPT, FC_FILE_WINDOW, GuardedFile
 from flowcheck._wire cimport FC_WIRE_OK, fc_decode, fc_wire
 
 cdef extern from "pcap/pcap.h" nogil:
@@ -98,11 +98,14 @@ def scan_plain(GuardedFile file not None, keys):
     cdef fc_file walk
     cdef fc_file_frame frame
     cdef int status = -1
+    cdef uint64_t gone = FC_FILE_KEPT
     with nogil:
         if fc_file_begin(&walk, file.data, file.size):
             status = fc_file_next(&walk, &frame)
             while status == FC_FILE_FRAME:
                 notes.note(frame.data, frame.length, frame.wire_length)
+                if walk.at >= gone + FC_FILE_WINDOW:
+                    gone = file.let_go(gone, walk.at)
                 status = fc_file_next(&walk, &frame)
     return notes.values() if status == FC_FILE_END else None
 

@@ -4,7 +4,7 @@
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint64_t
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
-from posix.mman cimport MADV_SEQUENTIAL, MAP_FAILED, MAP_SHARED, PROT_READ, madvise, mmap, munmap
+from posix.mman cimport MADV_DONTNEED, MADV_SEQUENTIAL, MAP_FAILED, MAP_SHARED, PROT_READ, madvise, mmap, munmap
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.unistd cimport close
 
@@ -46,6 +46,15 @@ cdef class GuardedFile:
         """Whether what was read may not be the file's: to its last page's end, a cut file is read without a fault."""
         cdef struct_stat status
         return self.area == NULL or self.area.cut or fstat(self.descriptor, &status) < 0 or <uint64_t> status.st_size < self.size
+
+    cdef uint64_t let_go(self, uint64_t begin, uint64_t end) noexcept nogil:
+        """Have the memory of this process hold the file's bytes from `begin`, a page's, to `end` no longer; returns where it ended.
+
+        They stay where the kernel keeps files, and are read again if they are asked for.
+        """
+        end -= end % 4096
+        madvise(<void *> (self.data + begin), end - begin, MADV_DONTNEED)
+        return end
 
     @property
     def cut(self) -> bool:

@@ -10,7 +10,7 @@ from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
     FC_LOAD_ACQUIRE, FC_STORE_RELEASE, fc_dump_state, fc_publish, fc_record, fc_recover, fc_ring_header,
 )
-from flowcheck._guarded_file cimport GuardedFile
+from flowcheck._guarded_file cimport FC_FILE_KEPT, FC_FILE_WINDOW, GuardedFile
 
 from flowcheck import _eal
 from flowcheck.errors import DeviceError
@@ -165,12 +165,13 @@ cdef class FileLoop(_Loop):
     cdef GuardedFile file
     cdef fc_file walk
     cdef uint64_t frames
+    cdef uint64_t gone          # of the file; behind FC_FILE_KEPT
     cdef readonly bint changed  # the file is not what it was when it was validated
 
     def __cinit__(self, unsigned char[::1] memory, GuardedFile file not None, uint64_t frames):
         cdef fc_file_frame frame
         cdef uint64_t i
-        self.file, self.frames = file, frames
+        self.file, self.frames, self.gone = file, frames, FC_FILE_KEPT
         self.take(memory, False)
         with nogil:
             self.changed = not fc_file_begin(&self.walk, file.data, file.size)
@@ -178,6 +179,11 @@ cdef class FileLoop(_Loop):
                 if self.changed:
                     break
                 self.changed = fc_file_next(&self.walk, &frame) != FC_FILE_FRAME
+                self.let_go()
+
+    cdef inline void let_go(self) noexcept nogil:
+        if self.walk.at >= self.gone + FC_FILE_WINDOW:
+            self.gone = self.file.let_go(self.gone, self.walk.at)
 
     cdef uint64_t _burst(self) noexcept nogil:
         cdef uint64_t want = self.free_records(), stored = 0, bytes_left = BURST_BYTES
@@ -207,6 +213,7 @@ cdef class FileLoop(_Loop):
             return 0
         if stored:
             self.publish(stored)
+            self.let_go()
         return stored
 
 

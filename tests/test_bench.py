@@ -286,19 +286,7 @@ def test_what_the_library_did_is_read_from_its_log():
 
 @pytest.mark.slow
 def test_the_cost_of_the_hook_on_gpus_is_measured_without_one(tmp_path):
-    words = [
-        "--jobs",
-        "float32:5000",
-        "float16:5000",
-        "--pairs",
-        "2",
-        "--steps",
-        "2",
-        "--batches",
-        "1",
-        "--json",
-        "cost.json",
-    ]
+    words = "--jobs float32:5000 float16:5000 --pairs 2 --steps 2 --batches 1 --json cost.json".split()
     done = bench(tmp_path, *ON_CPU, *words, module="bench.cuda_overhead")
     assert done.returncode == 0, done.stderr
     for row in json.loads((tmp_path / "cost.json").read_text())["results"].values():

@@ -171,6 +171,34 @@ def test_a_file_that_is_overwritten_while_it_is_dumped_is_an_error(eal, tmp_path
         dump.close()
 
 
+def _mapped():
+    """Return the bytes of files that are in this process's memory."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssFile:"))
+
+
+@pytest.mark.slow
+def test_a_large_file_is_not_kept_in_memory(eal, tmp_path):
+    part = pcap(frames_of(12_000, seed=8, longest=9000))[24:]
+    path = tmp_path / "a.pcap"
+    with open(path, "wb") as file:
+        file.write(pcap([]))
+        while file.tell() < 2.2 * 2**30:
+            file.write(part)
+    before = most = _mapped()
+    with ring(tmp_path, records=4096, frame_bytes=9000) as target:
+        dump = FileDump(eal, path, target)
+        validated = _mapped()
+        while not dump.finished:
+            dump.poll()
+            jobs.publish(target, "extracted", target.written)
+            if target.written % 64 == 0:
+                most = max(most, _mapped())
+        assert target.written == 12_000 * (path.stat().st_size // len(part))
+        dump.close()
+    assert 0.9 * 2**30 < validated - before < 1.2 * 2**30 and most - before < 1.3 * 2**30
+
+
 @pytest.mark.captures
 def test_every_frame_of_the_real_captures_arrives(eal, captures, tmp_path):
     for number, path in enumerate(sorted(captures.glob("ll-*.pcapng"))):
