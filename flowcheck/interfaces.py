@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flowcheck.errors import DeviceError
 
-__all__ = ["check", "mtu", "raw_socket", "received", "received_bytes"]
+__all__ = ["check", "fanout_group", "mtu", "raw_socket", "received", "received_bytes"]
 
 _NAME_BYTES = 15
 _UP = 1  # IFF_UP, linux/if.h
@@ -45,6 +45,15 @@ def received(name: str) -> int:
 def received_bytes(name: str) -> int:
     """Return the bytes of the frames that came to an interface since it was made."""
     return int(_attribute(name, "statistics/rx_bytes"))
+
+
+def fanout_group(name: str, pid: int) -> int:
+    """Return which group DPDK's af_packet driver puts its sockets on an interface into, in a process of that pid.
+
+    As its `rte_eth_af_packet.c` counts, and has no option for. The kernel has no group on two interfaces: the second one is
+    refused (EINVAL). OSError if there is no such interface.
+    """
+    return (pid ^ socket.if_nametoindex(name)) & 0xFFFF
 
 
 def raw_socket(name: str) -> socket.socket:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,17 @@ def _go_first() -> None:
 
 @dataclass
 class StageProcess:
-    """One stage: its command, and the process that runs it now. An `urgent` one runs before what else wants its core."""
+    """One stage: its command, and the process that runs it now.
+
+    An `urgent` one runs before what else wants its core. `fits` says of a pid whether it can work under that one.
+    """
 
     name: str
     command: list[str]
     errors: Path
     environment: dict[str, str]
     urgent: bool = False
+    fits: Callable[[int], bool] = lambda _: True
     process: subprocess.Popen[bytes] | None = None
     ready_pipe: int = -1
     ready: bool = False
@@ -66,11 +71,15 @@ class StageProcess:
             if self.urgent:
                 _go_first()
 
-        with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
-                env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=begin, start_new_session=True,
-            )  # fmt: skip
+        while True:
+            with open(self.errors, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as errors:
+                self.process = subprocess.Popen(
+                    self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(writing,),
+                    env={**self.environment, READY_VARIABLE: str(writing)}, preexec_fn=begin, start_new_session=True,
+                )  # fmt: skip
+            if self.fits(self.process.pid):
+                break
+            self.kill()
         os.close(writing)
         if self.ready_pipe >= 0:
             os.close(self.ready_pipe)

@@ -23,11 +23,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flowcheck import interfaces
 from flowcheck import plan as plans
 from flowcheck.counters import extract_state, packet_counters, parse_counts
 from flowcheck.errors import ConfigError, FlowCheckError
@@ -199,7 +201,21 @@ class Supervisor:
         command = [sys.executable, "-c", f"from {module} import main; main()", str(plan)]
         errors = scratch / f"{name.replace(' ', '-')}.stderr"
         urgent = name.startswith("dump ")  # a mirror does not wait, all else can
-        return StageProcess(name, [*command, *map(str, words), *options], errors, environment, urgent)
+        return StageProcess(
+            name, [*command, *map(str, words), *options], errors, environment, urgent, partial(self._fits, name)
+        )
+
+    def _fits(self, name: str, pid: int) -> bool:
+        """Whether a stage can work under a pid: dumps of two interfaces may not be in one group of packet sockets."""
+        interfaces_of = {f"dump {stream.name}": stream.interface for stream in self._plan.shard.streams}
+        pids = {child.name: child.process.pid for child in self._children if child.process is not None} | {name: pid}
+        groups = {}
+        for dump, interface in interfaces_of.items():
+            with contextlib.suppress(OSError):  # one that is missing is the dump's to report
+                if interface and dump in pids:
+                    groups[dump] = interfaces.fanout_group(interface, pids[dump])
+        own = groups.pop(name, None)
+        return own is None or own not in groups.values()
 
     def _rings(self, scratch: Path) -> dict[str, Path]:
         return {stream.name: scratch / f"{stream.name}.ring" for stream in self._plan.shard.streams}

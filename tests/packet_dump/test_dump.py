@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Frames arrive in the ring as they are in the file, by CPU and by DMA engines, also by ones that fail."""
 
+import errno
 import itertools
 import os
 import socket
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flowcheck._copy import CopyEngine
 
+from flowcheck import interfaces
 from flowcheck.eal import Eal
 from flowcheck.errors import CaptureError, DeviceError
 from flowcheck.ring import PacketRing
@@ -309,6 +311,26 @@ def test_buffers_and_ports_are_given_back(eal, tmp_path):
             run(dump, target)
             dump.close()
     assert sys.modules["packet_dump._dump"]
+
+
+@network.needs_root
+def test_the_group_of_packet_sockets_is_the_drivers(tmp_path, eal):
+    def may_have(interface, group):
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as other:  # ETH_P_ALL
+            other.bind((interface, 0))
+            try:
+                other.setsockopt(263, 18, group)  # SOL_PACKET, PACKET_FANOUT
+            except OSError as error:
+                assert error.errno == errno.EINVAL
+                return False
+            return True
+
+    with network.cable() as (near, far), ring(tmp_path) as into:
+        dump = InterfaceDump(eal, far, into)
+        group = interfaces.fanout_group(far, os.getpid())
+        assert may_have(near, group ^ 1) and not may_have(near, group)
+        dump.close()
+        assert may_have(near, group)
 
 
 @pytest.mark.slow
