@@ -98,12 +98,17 @@ SERIES = {
     "live": Series(
         "live, 2 ranks, one step", "parameters", _TO_30M, (20_000, 50_000),
         lambda x, folder, runs: growth_jobs.live_job(folder, runs, parameters=x, ranks=2, steps=20), room=150,
-        root=True,
+        untold=("_iterations",), root=True,
     ),
     "live_ranks": Series(
         "live, 1 M parameters, one step", "ranks", (2, 3, 4, 6), (2, 3),
         lambda x, folder, runs: growth_jobs.live_job(folder, runs, ranks=x, parameters=1_000_000, steps=24),
-        untold=("_s", "_bytes"), root=True,
+        untold=("_s", "_bytes", "_iterations"), root=True,
+    ),
+    "live_streams": Series(
+        "live, 8 ranks, 1 M parameters, one step", "streams", (1, 2, 3, 4), (1, 2),
+        lambda x, folder, runs: growth_jobs.live_job(folder, runs, streams=x, ranks=8, parameters=1_000_000, steps=24),
+        untold=("_s", "_bytes", "_iterations"), root=True,
     ),
     "live_iterations": Series(
         "live, 60 k parameters, own memory", "iterations", (6000,), (30,), None,
@@ -203,13 +208,14 @@ def rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 _COLUMNS = ("series", "value", "from", "to", "each", "exponent", "95%", "judged")
 _UNITS = {
     "_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")),
+    "_iterations": ((0, "iterations"),),
     "_s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")),
 }
 
 
 def _figure(name: str, value: float) -> str:
     scale, unit = next(unit for unit in _UNITS[name[name.rindex("_") :]] if abs(value) >= unit[0])
-    return f"{value / (scale or {'B': 1, 'ns': 1e-9}[unit]):.3g} {unit}"
+    return f"{value / (scale or {'ns': 1e-9}.get(unit, 1)):.3g} {unit}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 
 from bench import machine, stages, training_overhead, updates
 from bench.measure import seconds
-from bench.training_overhead import MIRRORED, Settings, memory_bytes
+from bench.training_overhead import Settings, memory_bytes
 from data_extractor.extractor import Extractor
 from flowcheck.eal import Eal
 from flowcheck.replay import replay
@@ -187,7 +187,7 @@ def offline(folder: Path, runs: int, **job: Any) -> list[Values]:
 
 
 def _live(folder: Path, settings: Settings) -> dict[str, Any]:
-    with Fabric(settings.ranks, (MIRRORED,)) as fabric:
+    with Fabric(settings.ranks, settings.mirrored) as fabric:
         found = training_overhead.train(settings, "flowcheck", fabric, folder)
     if found["lost"]:
         print(f"{found['lost']} iterations were not committed", file=sys.stderr)
@@ -195,7 +195,10 @@ def _live(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def live_job(folder: Path, runs: int, **job: Any) -> list[Values]:
-    """Train a job with FlowCheck beside it: seconds from commit to commit, CPU of each stage, and their peaks."""
+    """Train a job with FlowCheck beside it: seconds from commit to commit, CPU of each stage, and their peaks.
+
+    `behind_iterations` is how many that were trained were not yet committed, at most.
+    """
     out = []
     for run in range(runs):
         (folder / str(run)).mkdir()
@@ -203,6 +206,7 @@ def live_job(folder: Path, runs: int, **job: Any) -> list[Values]:
         found = _live(folder / str(run), settings)
         times = [when for iteration, when in found["saved"] if iteration >= training_overhead.WARM_UP]
         values = {"commit_s": statistics.median(np.diff(times)) / 1e9}
+        values["behind_iterations"] = training_overhead.behind(found["ended"], found["saved"])[1]
         taken, stages_at_end = training_overhead.cpu_s_per_step(found), found["samples"][-1][1]
         for name in training_overhead.STAGES:
             values |= {f"{name}_s": taken.get(name, 0), f"{name}_bytes": stages_at_end[name]["peak_bytes"]}

@@ -42,7 +42,7 @@ from workload_gen.fabric import Fabric
 from workload_gen.record import Recording
 from workload_gen.wire import connections
 
-__all__ = ["STAGES", "WAYS", "Settings", "memory_bytes", "stages", "summary", "train"]
+__all__ = ["STAGES", "WAYS", "Settings", "behind", "memory_bytes", "stages", "summary", "train"]
 
 WAYS = {
     "none": "no checkpoints",
@@ -51,8 +51,6 @@ WAYS = {
     "dcp_save": "DCP save",
     "dcp_async_save": "DCP async_save",
 }
-#: The rank whose port is mirrored.
-MIRRORED = 0
 #: Steps at the start of a job that do not count: DDP rebuilds its buckets after the first.
 WARM_UP = 4
 _PATIENCE_S = 120
@@ -76,7 +74,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained: steps that count in a job, ranks, parameters, batches of 4 short sequences a step, protocol, apart or not."""
+    """What is trained: steps that count in a job, ranks, parameters, batches of 4 short sequences a step, protocol, apart or not.
+
+    `streams` is how many ports are mirrored, of every other rank: no two show the same edge.
+    """
 
     steps: int = 16
     ranks: int = 4
@@ -84,6 +85,12 @@ class Settings:
     batches: int = 4
     protocol: str = "simple"
     apart: bool = False
+    streams: int = 1
+
+    @property
+    def mirrored(self) -> tuple[int, ...]:
+        """The ranks whose ports are mirrored."""
+        return tuple(range(0, 2 * self.streams, 2))
 
 
 def _cores(settings: Settings) -> tuple[set[int], set[int]]:
@@ -102,17 +109,22 @@ def memory_bytes(pid: int | str, what: str) -> int:
 
 
 def stages(supervisor: int) -> dict[str, dict[str, float]]:
-    """Return peak memory, own memory now, and seconds of CPU so far of a `flowcheck run` and of its stages, by package."""
-    found = {}
+    """Return peak memory, own memory now, and seconds of CPU so far of a `flowcheck run` and of its stages, by package.
+
+    Of dumps, of which there is one for each stream, together.
+    """
+    found: dict[str, dict[str, float]] = {}
     for pid in [supervisor, *map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split())]:
         with contextlib.suppress(OSError, IndexError):  # it has ended, or has only begun
             words = Path(f"/proc/{pid}/cmdline").read_text().split("from ")
             name = "supervisor" if pid == supervisor else words[1].partition(".")[0]
             ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            found[name] = {
+            taken = {
                 "peak_bytes": memory_bytes(pid, "VmHWM"), "own_bytes": memory_bytes(pid, "RssAnon"),
                 "cpu_s": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
             }  # fmt: skip
+            before = found.get(name, {})
+            found[name] = {what: value + before.get(what, 0) for what, value in taken.items()}
     return found
 
 
@@ -152,13 +164,16 @@ class _Saver:
 
 
 def _rank(
-    rank: int, settings: Settings, way: str, recording: Recording, hosts: tuple[str, ...], monitor: str
+    rank: int, settings: Settings, way: str, recording: Recording, hosts: tuple[str, ...], monitors: dict[int, str]
 ) -> dict[str, Any]:
     os.sched_setaffinity(0, _cores(settings)[0])
     job = Rank(recording, rank, hosts[rank], settings.batches)
-    links = [MIRRORED, (MIRRORED - 1) % settings.ranks]
-    address = connections(recording.layout(), MIRRORED, recording.ip, None, 0)[0].forward.source
-    wire = job.wire([{"name": "host", "links": links, "host": [address], "interface": monitor}])
+    streams = []
+    for host in settings.mirrored:
+        address = connections(recording.layout(), host, recording.ip, None, 0)[0].forward.source
+        links = [host, (host - 1) % settings.ranks]
+        streams.append({"name": f"host{host}", "links": links, "host": [address], "interface": monitors[host]})
+    wire = job.wire(streams)
     ended, save = [], _Saver(way, job, recording.out)
     with contextlib.ExitStack() as stack:
         if way == "flowcheck":
@@ -214,7 +229,7 @@ def _shadow(folder: Path, last: int, cores: set[int]) -> Iterator[dict[str, Any]
 
 
 def train(settings: Settings, way: str, fabric: Fabric, folder: Path) -> dict[str, Any]:
-    """Train one job in a way, on a fabric that mirrors MIRRORED; return what became of it.
+    """Train one job in a way, on a fabric that mirrors what it asks for; return what became of it.
 
     `ended` is when each step ended and `saved` when iterations were safe, in ns; `bytes` what one iteration took on the
     disk; `trainer_bytes` the most memory that rank 0 had. With FlowCheck, `samples` has what `stages` said and when, and `lost`
@@ -226,7 +241,7 @@ def train(settings: Settings, way: str, fabric: Fabric, folder: Path) -> dict[st
     )  # fmt: skip
     last = WARM_UP + settings.steps
     shadow = _shadow(folder, last, _cores(settings)[1]) if way == "flowcheck" else contextlib.nullcontext({})
-    arguments = (settings, way, recording, fabric.hosts, fabric.monitors[MIRRORED])
+    arguments = (settings, way, recording, fabric.hosts, fabric.monitors)
     with fabric_job.ranks(settings.ranks, _rank, *arguments) as answer, shadow as shadowed:
         found = answer()
     if way == "flowcheck":
@@ -237,7 +252,7 @@ def train(settings: Settings, way: str, fabric: Fabric, folder: Path) -> dict[st
     return found | shadowed
 
 
-def _behind(ended: list[int], saved: list[tuple[int, int]]) -> tuple[float, int]:
+def behind(ended: list[int], saved: list[tuple[int, int]]) -> tuple[float, int]:
     """Return how many finished iterations are not safe: the mean over time from the first to the last step, and the most."""
     begin, end = ended[0], ended[-1]
     safe = [
@@ -273,7 +288,7 @@ def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for way, some in steps.items():
         # Rounds are drawn whole: what disturbed all ways alike is no noise of their ratio.
         ratios = np.median(medians[way][drawn], 1) / np.median(medians["none"][drawn], 1)
-        behind = [_behind(found[way]["ended"], found[way]["saved"]) for found in rounds]
+        lagged = [behind(found[way]["ended"], found[way]["saved"]) for found in rounds]
         rows.append(
             {
                 "way": way, "name": WAYS[way], "rounds": len(rounds), "steps": sum(map(len, some)),
@@ -281,7 +296,7 @@ def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "ratio": float(np.median(medians[way]) / np.median(medians["none"])),
                 "interval": np.percentile(ratios, [2.5, 97.5]).tolist(),
                 "bytes": int(np.median([found[way]["bytes"] for found in rounds])),
-                "behind": float(np.mean([mean for mean, _ in behind])), "most_behind": max(most for _, most in behind),
+                "behind": float(np.mean([mean for mean, _ in lagged])), "most_behind": max(most for _, most in lagged),
                 "lost": sum(found[way].get("lost", 0) for found in rounds),
                 "stages_cpu_s": _stages_cpu_s([found[way] for found in rounds if "samples" in found[way]]),
                 "trainer_bytes": max(found[way]["trainer_bytes"] for found in rounds),
@@ -332,7 +347,7 @@ def main() -> None:
     usual = Settings()
     parser = argparse.ArgumentParser(prog="python -m bench.training_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    for name in ("steps", "ranks", "parameters", "batches"):
+    for name in ("steps", "ranks", "parameters", "batches", "streams"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     parser.add_argument("--protocol", choices=["ll", "ll128", "simple"], default=usual.protocol)
     parser.add_argument("--apart", action="store_true", help="The ranks on one core, FlowCheck's stages on the others.")
@@ -356,7 +371,7 @@ def main() -> None:
     if options.rounds:
         with (
             tempfile.TemporaryDirectory(prefix="flowcheck-bench-", dir=options.folder) as folder,
-            Fabric(settings.ranks, (MIRRORED,)) as fabric,
+            Fabric(settings.ranks, settings.mirrored) as fabric,
         ):
             for _ in range(options.rounds):
                 number = len(document["rounds"])
