@@ -34,10 +34,9 @@ PLANTS = {
     "written without release": relaxed(DUMP, "FC_STORE_RELEASE(&self.header.written, self.state.written)\n\n\n"),
     "written before the frames": moved(
         DUMP,
-        "        fc_publish(self.block, self.header.dump_state_bytes, &self.state, sizeof(self.state))\n"
-        "        FC_STORE_RELEASE(&self.header.written, self.state.written)\n",
-        "        FC_STORE_RELEASE(&self.header.written, self.state.written + got)\n",
-        "        for i in range(got):\n",
+        "        FC_STORE_RELEASE(&self.header.written, self.state.written)\n\n\n",
+        "            FC_STORE_RELEASE(&self.header.written, self.state.written + stored + 1)\n",
+        "            record = self.begin(self.state.written + stored, frame.length, frame.ns)\n",
     ),
     "written without acquire": relaxed(PARSER, "        written = FC_LOAD_ACQUIRE(&self.header.written)\n"),
     "parsed without release": relaxed(PARSER, "FC_STORE_RELEASE(&self.header.parsed, end)"),
