@@ -207,15 +207,16 @@ def rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 _COLUMNS = ("series", "value", "from", "to", "each", "exponent", "95%", "judged")
 _UNITS = {
-    "_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")),
-    "_iterations": ((0, "iterations"),),
-    "_s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")),
+    "_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
+    "_iterations": ((1, "iterations"),),
+    "_s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")),
 }
 
 
 def _figure(name: str, value: float) -> str:
-    scale, unit = next(unit for unit in _UNITS[name[name.rindex("_") :]] if abs(value) >= unit[0])
-    return f"{value / (scale or {'ns': 1e-9}.get(unit, 1)):.3g} {unit}"
+    units = _UNITS[name[name.rindex("_") :]]
+    scale, unit = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+    return f"{value / scale:.3g} {unit}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

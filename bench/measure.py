@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TARGETS", "Clock", "Results", "Sizes", "paired", "seconds"]
+__all__ = ["TARGETS", "Clock", "Results", "Sizes", "paired", "ratio_interval", "seconds"]
 
 #: What each ratio is to reach; names end in the payload where it is not the usual one.
 TARGETS = {
@@ -55,16 +55,24 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def paired(bare: Sequence[float], hooked: Sequence[float]) -> dict[str, Any]:
-    """Return the medians of times that were taken in pairs, their ratio, and its 95% interval: bootstrap over pairs."""
-    ours, theirs = np.array(hooked), np.array(bare)
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return where 95% of the ratios of medians lie that runs drawn again give (bootstrap).
+
+    Runs are drawn in pairs: what disturbed both alike is no noise of their ratio.
+    """
     drawn = np.random.default_rng(1).integers(0, len(ours), (10_000, len(ours)))
-    interval = np.percentile(np.median(ours[drawn], 1) / np.median(theirs[drawn], 1), [2.5, 97.5])
+    ratios = np.median(np.array(ours)[drawn], 1) / np.median(np.array(theirs)[drawn], 1)
+    return np.percentile(ratios, [2.5, 97.5]).tolist()
+
+
+def paired(bare: Sequence[float], hooked: Sequence[float]) -> dict[str, Any]:
+    """Return the medians of times that were taken in pairs, their ratio, and its `ratio_interval`."""
+    ours, theirs = np.array(hooked), np.array(bare)
     return {
         "bare_s": float(np.median(theirs)),
         "hooked_s": float(np.median(ours)),
         "ratio": float(np.median(ours) / np.median(theirs)),
-        "interval": interval.tolist(),
+        "interval": ratio_interval(hooked, bare),
         "pair_ratios": (ours / theirs).round(4).tolist(),
     }
 
@@ -101,11 +109,7 @@ class Results:
         """Add a figure from the seconds that `amount`, in so many packets, took in each run, and its yardstick's in the same runs."""
         value, other = amount / statistics.median(times), their_amount / statistics.median(their_times)
         spread = (max(times) - min(times)) / statistics.median(times)
-        ours, theirs = np.array(times), np.array(their_times)
-        drawn = np.random.default_rng(1).integers(0, len(ours), (10_000, len(ours)))
-        # Runs are drawn in pairs: what disturbed both alike is no noise of their ratio.
-        ratios = amount / np.median(ours[drawn], 1) / (their_amount / np.median(theirs[drawn], 1))
-        interval = np.percentile(ratios, [2.5, 97.5]).tolist()
+        interval = [amount / their_amount * ratio for ratio in ratio_interval(their_times, times)]
         rate = packets / statistics.median(times) if packets else None
         self.row(
             name, unit, value, yardstick, other, value / other, len(times), spread, interval, packets_per_s=rate, payload=payload

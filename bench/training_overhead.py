@@ -34,6 +34,7 @@ import torch.distributed.checkpoint as dcp
 import flowcheck
 from bench import fabric_job, machine, plots, report
 from bench.fabric_job import Rank
+from bench.measure import ratio_interval
 from bench.updates import torch_save
 from flowcheck.run_folder import PLAN
 from flowcheck.supervisor import status
@@ -283,18 +284,15 @@ def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each way: its step times over all rounds beside those without checkpoints, and what a crash costs."""
     steps = {way: [np.diff(found[way]["ended"])[WARM_UP - 1 :] / 1e9 for found in rounds] for way in rounds[0]}
     medians = {way: np.array([np.median(times) for times in some]) for way, some in steps.items()}
-    drawn = np.random.default_rng(1).integers(0, len(rounds), (10_000, len(rounds)))
     rows = []
     for way, some in steps.items():
-        # Rounds are drawn whole: what disturbed all ways alike is no noise of their ratio.
-        ratios = np.median(medians[way][drawn], 1) / np.median(medians["none"][drawn], 1)
         lagged = [behind(found[way]["ended"], found[way]["saved"]) for found in rounds]
         rows.append(
             {
                 "way": way, "name": WAYS[way], "rounds": len(rounds), "steps": sum(map(len, some)),
                 "median_s": float(np.median(medians[way])), "p95_s": float(np.percentile(np.concatenate(some), 95)),
                 "ratio": float(np.median(medians[way]) / np.median(medians["none"])),
-                "interval": np.percentile(ratios, [2.5, 97.5]).tolist(),
+                "interval": ratio_interval(medians[way], medians["none"]),
                 "bytes": int(np.median([found[way]["bytes"] for found in rounds])),
                 "behind": float(np.mean([mean for mean, _ in lagged])), "most_behind": max(most for _, most in lagged),
                 "lost": sum(found[way].get("lost", 0) for found in rounds),
@@ -358,6 +356,8 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="Add the rounds to those that build/ has.")
     parser.add_argument("--store", action="store_true", help="Put table and plot into docs/performance.md.")
     options = parser.parse_args()
+    if not 1 <= options.streams <= options.ranks // 2:
+        parser.error(f"--streams: {options.ranks} ranks have 1 to {options.ranks // 2}, each of two edges of its own")
     settings = Settings(**{name: getattr(options, name) for name in asdict(usual)})
     path = Path("build") / f"{options.name}.json"
     document = {"machine": machine.facts(), "settings": asdict(settings), "rounds": []}

@@ -182,6 +182,7 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
     log = folder / "log"
     log.mkdir()
     writer = LogWriter(log, plan.identity(), 0)
+    disk = durable.disk = _SyncedAt()
     for turn in clock.turns():
 
         def append(iteration: int = turn + 1) -> None:
@@ -191,7 +192,7 @@ def checkpoints(results: Results, sizes: Sizes, folder: Path) -> None:
         clock("raw log", lambda: write_raw(folder / "raw", [gradient]))
         clock("log", append)
         clock("raw snapshot", lambda: write_raw(folder / "raw", contents))
-        begin, durable.disk = time.perf_counter(), (disk := _SyncedAt())
+        begin = time.perf_counter()
         clock("snapshot", lambda: write_state(folder / "snapshot.h5", state))
         clock.times["snapshot written"].append(disk.at - begin)
         clock("torch.save", lambda: torch_save(folder / "state.pt", document))

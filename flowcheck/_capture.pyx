@@ -10,7 +10,7 @@ from libc.string cimport memcmp, memcpy
 
 from flowcheck._capture_file cimport (
     FC_FILE_END, FC_FILE_FRAME, FC_LONGEST_FRAME, fc_file, fc_file_begin, fc_file_frame, fc_file_next)
-from flowcheck._guarded_file cimport FC_FILE_KEPT, FC_FILE_WINDOW, GuardedFile
+from flowcheck._guarded_file cimport FC_FILE_KEPT, GuardedFile
 from flowcheck._wire cimport FC_WIRE_OK, fc_decode, fc_wire
 
 cdef extern from "pcap/pcap.h" nogil:
@@ -104,8 +104,7 @@ def scan_plain(GuardedFile file not None, keys):
             status = fc_file_next(&walk, &frame)
             while status == FC_FILE_FRAME:
                 notes.note(frame.data, frame.length, frame.wire_length)
-                if walk.at >= gone + FC_FILE_WINDOW:
-                    gone = file.let_go(gone, walk.at)
+                gone = file.let_go(gone, walk.at)
                 status = fc_file_next(&walk, &frame)
     return notes.values() if status == FC_FILE_END else None
 

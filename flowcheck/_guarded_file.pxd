@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+cimport cython
 from libc.stdint cimport uint8_t, uint64_t
 
 # What the header keeps belongs to this module: others call `is_cut`, none of its functions.
@@ -17,5 +18,14 @@ cdef class GuardedFile:
     cdef int descriptor
 
     cdef bint is_cut(self) noexcept nogil
-    cdef uint64_t let_go(self, uint64_t begin, uint64_t end) noexcept nogil
+    cdef void _unmap(self, uint64_t begin, uint64_t end) noexcept nogil
     cdef void _release(self) noexcept
+
+    @cython.final
+    cdef inline uint64_t let_go(self, uint64_t gone, uint64_t at) noexcept nogil:
+        """Let go of what was passed since `gone`, at first FC_FILE_KEPT, once it is a window; returns the new `gone`."""
+        if at < gone + FC_FILE_WINDOW:
+            return gone
+        at -= at % 4096
+        self._unmap(gone, at)
+        return at

@@ -47,14 +47,9 @@ cdef class GuardedFile:
         cdef struct_stat status
         return self.area == NULL or self.area.cut or fstat(self.descriptor, &status) < 0 or <uint64_t> status.st_size < self.size
 
-    cdef uint64_t let_go(self, uint64_t begin, uint64_t end) noexcept nogil:
-        """Have the memory of this process hold the file's bytes from `begin`, a page's, to `end` no longer; returns where it ended.
-
-        They stay where the kernel keeps files, and are read again if they are asked for.
-        """
-        end -= end % 4096
+    cdef void _unmap(self, uint64_t begin, uint64_t end) noexcept nogil:
+        """Have the memory of this process hold pages of the file no longer: they are read again if they are asked for."""
         madvise(<void *> (self.data + begin), end - begin, MADV_DONTNEED)
-        return end
 
     @property
     def cut(self) -> bool:

@@ -10,7 +10,7 @@ from flowcheck._copy cimport CopyEngine
 from flowcheck._formats cimport (
     FC_LOAD_ACQUIRE, FC_STORE_RELEASE, fc_dump_state, fc_publish, fc_record, fc_recover, fc_ring_header,
 )
-from flowcheck._guarded_file cimport FC_FILE_KEPT, FC_FILE_WINDOW, GuardedFile
+from flowcheck._guarded_file cimport FC_FILE_KEPT, GuardedFile
 
 from flowcheck import _eal
 from flowcheck.errors import DeviceError
@@ -179,11 +179,7 @@ cdef class FileLoop(_Loop):
                 if self.changed:
                     break
                 self.changed = fc_file_next(&self.walk, &frame) != FC_FILE_FRAME
-                self.let_go()
-
-    cdef inline void let_go(self) noexcept nogil:
-        if self.walk.at >= self.gone + FC_FILE_WINDOW:
-            self.gone = self.file.let_go(self.gone, self.walk.at)
+                self.gone = file.let_go(self.gone, self.walk.at)
 
     cdef uint64_t _burst(self) noexcept nogil:
         cdef uint64_t want = self.free_records(), stored = 0, bytes_left = BURST_BYTES
@@ -213,7 +209,7 @@ cdef class FileLoop(_Loop):
             return 0
         if stored:
             self.publish(stored)
-            self.let_go()
+            self.gone = self.file.let_go(self.gone, self.walk.at)
         return stored
 
 
